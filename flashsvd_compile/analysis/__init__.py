@@ -1,0 +1,1 @@
+"""Facts about the tensors of a normalised graph: axes, factored, masks, sites."""

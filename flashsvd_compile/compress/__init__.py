@@ -1,0 +1,1 @@
+"""Dense weights to low-rank factors, and the modules that hold them."""

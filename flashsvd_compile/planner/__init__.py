@@ -1,0 +1,1 @@
+"""Turns each site into a plan: the cheapest legal lowering."""
