@@ -15,3 +15,4 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0

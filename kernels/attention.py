@@ -1,0 +1,494 @@
+"""Rank-space attention in one Triton kernel: K and V stay latents, the output is lifted once.
+
+    q̃      = (P_q V_qᵀ + b_q) V_k                    once a tile of queries
+    S      = scale · q̃ P_kᵀ + mask                   streamed over tiles of keys
+    output = (softmax(S) P_v) V_vᵀ + b_v             online softmax; lifted in the epilogue
+
+Operands, shapes and the rule of heads: ``attention_operands.py``. Notation here: B batch, H
+heads, M queries, N keys, D and D_V head dims, R_Q, R_K, R_V ranks; BLOCK_M × BLOCK_N a tile of
+scores. R_K and R_V are padded to a power of two on chip. The lifts at either end walk D, R_Q and
+D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. UNIT_X is a power of
+two that divides every stride of X but the last: what lets a row of rank 40 load in 16 bytes.
+
+Operations: 2·M·N·(R_K + R_V) a head, against 4·M·N·D lifted. Bytes from memory: the latents, the
+factors and the output, once a tile of queries; P_k and P_v are copied first where their rank is
+not innermost in memory (see `_rank_innermost`). Never in memory: Q, K, V at full width, q̃,
+scores, probabilities, the latent output, and the mask at more than its own shape.
+
+Rounds to the operands' dtype: the lifted query, q̃ (times the scale where it is computed),
+probabilities, the latent output, the output. All else is float32. Exponentials are of base 2;
+log2(e) is folded into the scale, except under an additive mask: finfo.min · log2(e) would
+overflow to -inf, so there the row's maximum is subtracted first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from flashsvd_compile.kernels.attention_operands import AttentionShape, attention_shape
+from flashsvd_compile.kernels.attention_tiles import (
+    SWIZZLE_BYTES,
+    common_width,
+    default_tile,
+    lift_chunk,
+    rank_padded,
+)
+from flashsvd_compile.kernels.primitives import INTERPRETED, dot
+from flashsvd_compile.kernels.tiles import TileConfig
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
+INTERPRETER_SRAM_BYTES = 99 * 1024
+
+
+@triton.jit
+def _load(
+    base,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    row_limit,
+    column_limit,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_COLUMNS: tl.constexpr,
+):
+    """A 2-D tile at int64 ``rows`` [I, 1] and ``columns`` [1, J]; zero beyond the limits."""
+    pointers = base + (rows * stride_row + columns * stride_column)
+    if CHECK_ROWS and CHECK_COLUMNS:
+        tile = tl.load(pointers, mask=(rows < row_limit) & (columns < column_limit), other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(pointers, mask=rows < row_limit, other=0.0)
+    elif CHECK_COLUMNS:
+        tile = tl.load(pointers, mask=columns < column_limit, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _in_units(stride_0, stride_1, stride_2, UNIT: tl.constexpr):
+    """The strides unchanged, in a form that tells the compiler that UNIT divides them."""
+    if UNIT > 1:
+        stride_0 = stride_0 // UNIT * UNIT
+        stride_1 = stride_1 // UNIT * UNIT
+        stride_2 = stride_2 // UNIT * UNIT
+    return stride_0, stride_1, stride_2
+
+
+@triton.jit
+def _lifted_query(
+    q,
+    q_factor,
+    q_bias,
+    queries,
+    columns,
+    stride_qm,
+    stride_qr,
+    stride_qfd,
+    stride_qfr,
+    stride_qbd,
+    M,
+    D: tl.constexpr,
+    R_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_RQ: tl.constexpr,
+    HAS_Q_FACTOR: tl.constexpr,
+    HAS_Q_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``columns`` of P_q V_qᵀ + b_q (or of dense queries), float32 [BLOCK_M, BLOCK_COLUMNS]."""
+    if HAS_Q_FACTOR:
+        lifted = tl.zeros([BLOCK_M, BLOCK_COLUMNS], tl.float32)
+        for start in tl.range(0, R_Q, BLOCK_RQ, num_stages=1):
+            ranks = (start + tl.arange(0, BLOCK_RQ)).to(tl.int64)
+            latent = _load(
+                q, queries[:, None], ranks[None, :], stride_qm, stride_qr, M, R_Q, True, True
+            )  # fmt: skip
+            factor = _load(
+                q_factor, ranks[:, None], columns[None, :], stride_qfr, stride_qfd,
+                R_Q, D, True, True,
+            )  # fmt: skip
+            lifted = dot(latent, factor, lifted, PRECISION, INTERPRETED)
+    else:
+        lifted = _load(
+            q, queries[:, None], columns[None, :], stride_qm, stride_qr, M, D, True, True
+        ).to(tl.float32)
+    if HAS_Q_BIAS:
+        bias = tl.load(q_bias + columns * stride_qbd, mask=columns < D, other=0.0)
+        lifted += bias.to(tl.float32)[None, :]
+    return lifted
+
+
+@triton.jit
+def _store(
+    out,
+    v_bias,
+    output,
+    sees_a_key,
+    queries,
+    columns,
+    stride_om,
+    stride_od,
+    stride_vbd,
+    M,
+    D_V: tl.constexpr,
+    HAS_V_BIAS: tl.constexpr,
+):
+    """Write ``columns`` of the output, b_v added to the rows that see a key."""
+    if HAS_V_BIAS:
+        bias = tl.load(v_bias + columns * stride_vbd, mask=columns < D_V, other=0.0)
+        output += tl.where(sees_a_key[:, None], bias.to(tl.float32)[None, :], 0.0)
+    pointers = out + (queries[:, None] * stride_om + columns[None, :] * stride_od)
+    is_inside = (queries < M)[:, None] & (columns < D_V)[None, :]
+    tl.store(pointers, output.to(out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def _rank_space_attention_kernel(
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, mask, out,
+    stride_qb, stride_qh, stride_qm, stride_qr,
+    stride_kb, stride_kh, stride_kn, stride_kr,
+    stride_vb, stride_vh, stride_vn, stride_vr,
+    stride_qfh, stride_qfd, stride_qfr,
+    stride_qbh, stride_qbd,
+    stride_kfh, stride_kfd, stride_kfr,
+    stride_vfh, stride_vfd, stride_vfr,
+    stride_vbh, stride_vbd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ob, stride_oh, stride_om, stride_od,
+    scale, M, N,
+    H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
+    H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
+    H_FV: tl.constexpr, H_BV: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr,
+    R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
+    HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
+    HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, MASK_IS_ADDED: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
+    R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
+    UNIT_Q: tl.constexpr, UNIT_K: tl.constexpr, UNIT_V: tl.constexpr,
+    UNIT_FQ: tl.constexpr, UNIT_FK: tl.constexpr, UNIT_FV: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, over all their keys."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    pair = tl.program_id(0) // tiles
+    batch = (pair // H).to(tl.int64)
+    head = (pair % H).to(tl.int64)
+    if IS_CAUSAL:  # the longest rows first, so that the last programs to run are short
+        tile = tiles - 1 - tile
+    first_query = tile * BLOCK_M
+
+    stride_qb, stride_qh, stride_qm = _in_units(stride_qb, stride_qh, stride_qm, UNIT_Q)
+    stride_kb, stride_kh, stride_kn = _in_units(stride_kb, stride_kh, stride_kn, UNIT_K)
+    stride_vb, stride_vh, stride_vn = _in_units(stride_vb, stride_vh, stride_vn, UNIT_V)
+    _, stride_qfh, stride_qfd = _in_units(0, stride_qfh, stride_qfd, UNIT_FQ)
+    _, stride_kfh, stride_kfd = _in_units(0, stride_kfh, stride_kfd, UNIT_FK)
+    _, stride_vfh, stride_vfd = _in_units(0, stride_vfh, stride_vfd, UNIT_FV)
+
+    q += batch * stride_qb + head // (H // H_Q) * stride_qh
+    k += batch * stride_kb + head // (H // H_K) * stride_kh
+    v += batch * stride_vb + head // (H // H_V) * stride_vh
+    q_factor += head // (H // H_FQ) * stride_qfh
+    q_bias += head // (H // H_BQ) * stride_qbh
+    k_factor += head // (H // H_FK) * stride_kfh
+    v_factor += head // (H // H_FV) * stride_vfh
+    v_bias += head // (H // H_BV) * stride_vbh
+    mask += batch * stride_mb + head * stride_mh
+    out += batch * stride_ob + head * stride_oh
+
+    queries = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64)
+    ranks_k = tl.arange(0, R_K_PADDED).to(tl.int64)
+    ranks_v = tl.arange(0, R_V_PADDED).to(tl.int64)
+
+    # q̃, the queries that latent keys are scored with
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    if HAS_K_FACTOR:
+        q_latent = tl.zeros([BLOCK_M, R_K_PADDED], tl.float32)
+        for start in tl.range(0, D, BLOCK_D, num_stages=1):
+            columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+            lifted = _lifted_query(
+                q, q_factor, q_bias, queries, columns,
+                stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
+                M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, HAS_Q_FACTOR, HAS_Q_BIAS,
+                PRECISION, INTERPRETED,
+            ).to(DTYPE)  # fmt: skip
+            factor = _load(
+                k_factor, columns[:, None], ranks_k[None, :], stride_kfd, stride_kfr,
+                D, R_K, True, True,
+            )  # fmt: skip
+            q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
+    else:
+        q_latent = _lifted_query(
+            q, q_factor, q_bias, queries, ranks_k,
+            stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
+            M, D, R_Q, BLOCK_M, R_K_PADDED, BLOCK_RQ, HAS_Q_FACTOR, HAS_Q_BIAS,
+            PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+    # A q̃ that is rounded anyway takes the scale along; dense queries keep their exact values.
+    IS_SCALED: tl.constexpr = HAS_Q_FACTOR or HAS_K_FACTOR
+    EXPONENT_SCALE: tl.constexpr = LOG2E if MASK_IS_ADDED else 1.0
+    if not MASK_IS_ADDED:
+        scale = scale * LOG2E
+    if IS_SCALED:
+        q_latent = q_latent * scale
+    q_latent = q_latent.to(DTYPE)
+
+    row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
+
+    # Keys below ``first_checked`` are seen by every query of this tile and need no check.
+    last_key = N
+    first_checked = N // BLOCK_N * BLOCK_N
+    if IS_CAUSAL:
+        last_key = tl.minimum(N, first_query + BLOCK_M)
+        first_checked = tl.minimum(N, first_query + 1) // BLOCK_N * BLOCK_N
+
+    keys = tl.arange(0, BLOCK_N)
+    keys_wide = keys.to(tl.int64)
+    # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
+    step = tl.full([], BLOCK_N, tl.int64)
+    mask_rows = tl.zeros([1, 1], tl.int64)
+    if MASK_HAS_ROWS:
+        mask_rows = tl.minimum(queries, M - 1)[:, None]
+
+    for CHECK in tl.static_range(0, 2):
+        start = 0 if CHECK == 0 else first_checked
+        stop = first_checked if CHECK == 0 else last_key
+        for first_key in tl.range(start, stop, BLOCK_N):
+            keys_left = N - first_key
+            if HAS_MASK:  # ahead of the dot, which hides the load
+                mask_tile = _load(
+                    mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
+                    M, keys_left, False, CHECK == 1,
+                )  # fmt: skip
+            key_tile = _load(
+                k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
+                R_K, keys_left, R_K_PADDED > R_K, CHECK == 1,
+            )  # fmt: skip
+            scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
+            if not IS_SCALED:
+                scores = scores * scale
+            if HAS_MASK:
+                if MASK_IS_ADDED:
+                    scores += mask_tile.to(tl.float32)
+                else:
+                    scores = tl.where(mask_tile, scores, float("-inf"))
+            if CHECK == 1:
+                is_seen = (keys < keys_left)[None, :]
+                if IS_CAUSAL:
+                    is_seen &= first_key + keys[None, :] <= queries[:, None]
+                scores = tl.where(is_seen, scores, float("-inf"))
+
+            new_maximum = tl.maximum(row_maximum, tl.max(scores, 1))
+            shift = new_maximum
+            if HAS_MASK:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
+                shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            probabilities = tl.exp2((scores - shift[:, None]) * EXPONENT_SCALE)
+            decay = tl.exp2((row_maximum - shift) * EXPONENT_SCALE)
+            row_sum = row_sum * decay + tl.sum(probabilities, 1)
+            probabilities = probabilities.to(DTYPE)
+            row_maximum = new_maximum
+
+            value_tile = _load(
+                v, keys_wide[:, None], ranks_v[None, :], stride_vn, stride_vr,
+                keys_left, R_V, CHECK == 1, R_V_PADDED > R_V,
+            )  # fmt: skip
+            latent = dot(probabilities, value_tile, latent * decay[:, None], PRECISION, INTERPRETED)
+            k += step * stride_kn
+            v += step * stride_vn
+            mask += step * stride_mn
+
+    sees_a_key = row_sum > 0
+    normalizer = 1 / tl.where(sees_a_key, row_sum, 1.0)
+    latent *= normalizer[:, None]
+    if HAS_V_FACTOR:
+        for first_column in tl.range(0, D_V, BLOCK_DV, num_stages=1):
+            columns = (first_column + tl.arange(0, BLOCK_DV)).to(tl.int64)
+            factor = _load(
+                v_factor, ranks_v[:, None], columns[None, :], stride_vfr, stride_vfd,
+                R_V, D_V, True, True,
+            )  # fmt: skip
+            output = dot(latent.to(DTYPE), factor, None, PRECISION, INTERPRETED)
+            _store(
+                out, v_bias, output, sees_a_key, queries, columns, stride_om, stride_od, stride_vbd,
+                M, D_V, HAS_V_BIAS,
+            )  # fmt: skip
+    else:
+        _store(
+            out, v_bias, latent, sees_a_key, queries, ranks_v, stride_om, stride_od, stride_vbd,
+            M, D_V, HAS_V_BIAS,
+        )  # fmt: skip
+
+
+def rank_space_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    q_factor: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_factor: Tensor | None = None,
+    v_factor: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float,
+    tile: TileConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer."""
+    shape = attention_shape(
+        q,
+        k,
+        v,
+        num_heads=num_heads,
+        q_factor=q_factor,
+        q_bias=q_bias,
+        k_factor=k_factor,
+        v_factor=v_factor,
+        v_bias=v_bias,
+        mask=mask,
+    )
+    if q.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+        raise ValueError(f"the kernel runs {supported}, q is {q.dtype}")
+    out_shape = (shape.batch, num_heads, shape.queries, shape.head_dim_v)
+    if out is None:
+        rows = (shape.batch, shape.queries, num_heads, shape.head_dim_v)
+        out = torch.empty(rows, dtype=q.dtype, device=q.device).transpose(1, 2)
+    elif tuple(out.shape) != out_shape or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(
+            f"out must be {list(out_shape)} of {q.dtype} on {q.device}, "
+            f"is {list(out.shape)} of {out.dtype} on {out.device}"
+        )
+    if out.numel() == 0:
+        return out
+    k, v = _rank_innermost(k), _rank_innermost(v)
+    width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
+    if not all(_is_rank_contiguous(x) for x in (q, k, v, q_factor, k_factor, v_factor)):
+        width = SWIZZLE_BYTES // q.element_size()
+    if tile is None:
+        tile = _default_tile(shape, q, q_factor is not None, v_factor is not None, mask, width)
+
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    grid = (triton.cdiv(shape.queries, tile.block_m) * num_heads * shape.batch,)
+    _rank_space_attention_kernel[grid](
+        # An absent operand is passed as q with strides of 0; the kernel never reads it.
+        q, k, v,
+        *(q if x is None else x for x in (q_factor, q_bias, k_factor, v_factor, v_bias, mask)),
+        out,
+        *q.stride(), *k.stride(), *v.stride(),
+        *_strides(q_factor, 3), *_strides(q_bias, 2),
+        *_strides(k_factor, 3), *_strides(v_factor, 3), *_strides(v_bias, 2),
+        *_mask_strides(mask),
+        *out.stride(),
+        scale, shape.queries, shape.keys,
+        H=num_heads, H_Q=q.shape[1], H_K=k.shape[1], H_V=v.shape[1],
+        H_FQ=_heads(q_factor), H_BQ=_heads(q_bias), H_FK=_heads(k_factor),
+        H_FV=_heads(v_factor), H_BV=_heads(v_bias),
+        D=shape.head_dim_qk, D_V=shape.head_dim_v,
+        R_Q=shape.rank_q, R_K=shape.rank_k, R_V=shape.rank_v,
+        HAS_Q_FACTOR=q_factor is not None, HAS_Q_BIAS=q_bias is not None,
+        HAS_K_FACTOR=k_factor is not None,
+        HAS_V_FACTOR=v_factor is not None, HAS_V_BIAS=v_bias is not None,
+        HAS_MASK=mask is not None,
+        MASK_IS_ADDED=mask is not None and mask.dtype != torch.bool,
+        MASK_HAS_ROWS=mask is not None and mask.shape[2] != 1,
+        IS_CAUSAL=is_causal,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
+        BLOCK_DV=lift_chunk(shape.head_dim_v, width),
+        R_K_PADDED=rank_padded(shape.rank_k, width), R_V_PADDED=rank_padded(shape.rank_v, width),
+        UNIT_Q=_stride_unit(q), UNIT_K=_stride_unit(k), UNIT_V=_stride_unit(v),
+        UNIT_FQ=_stride_unit(q_factor), UNIT_FK=_stride_unit(k_factor),
+        UNIT_FV=_stride_unit(v_factor),
+        PRECISION="tf32" if tf32 else "ieee", INTERPRETED=INTERPRETED,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=tile.max_registers or None,
+    )  # fmt: skip
+    return out
+
+
+def _heads(operand: Tensor | None) -> int:
+    return 1 if operand is None else operand.shape[0]
+
+
+def _strides(operand: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if operand is None else operand.stride()
+
+
+def _rank_innermost(latent: Tensor) -> Tensor:
+    """``latent``, copied where another dimension runs fastest in memory.
+
+    Its tiles would then swizzle by BLOCK_N, unlike the others: see `common_width`.
+    """
+    return latent if latent.stride(-1) == 1 or latent.shape[-1] == 1 else latent.contiguous()
+
+
+def _is_rank_contiguous(operand: Tensor | None) -> bool:
+    """Whether a tile of it lies in shared memory with its rank innermost."""
+    return operand is None or (operand.stride(-1) == 1 and operand.shape[-1] > 1)
+
+
+def _stride_unit(operand: Tensor | None) -> int:
+    """The largest power of two up to 16 bytes that divides all strides but the last."""
+    if operand is None or operand.stride(-1) != 1:
+        return 1
+    unit = 16 // operand.element_size()
+    while any(s % unit for s in operand.stride()[:-1]):
+        unit //= 2
+    return unit
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    """A dimension of size 1 is read again and again: its stride is 0, whatever it says."""
+    if mask is None:
+        return (0,) * 4
+    return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _default_tile(
+    shape: AttentionShape,
+    q: Tensor,
+    q_lifted: bool,
+    v_lifted: bool,
+    mask: Tensor | None,
+    width: int,
+) -> TileConfig:
+    if q.is_cuda:
+        properties = torch.cuda.get_device_properties(q.device)
+        sram_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    else:
+        sram_bytes = INTERPRETER_SRAM_BYTES
+    tile = default_tile(
+        head_dim_qk=shape.head_dim_qk,
+        head_dim_v=shape.head_dim_v,
+        rank_q=max(shape.rank_q, width),
+        rank_k=max(shape.rank_k, width),
+        rank_v=max(shape.rank_v, width),
+        q_lifted=q_lifted,
+        v_lifted=v_lifted,
+        element_bytes=q.element_size(),
+        sram_bytes=sram_bytes,
+        mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
+        has_mask=mask is not None,
+    )
+    if tile is None:
+        raise ValueError(
+            f"no attention tile of ranks {shape.rank_q}, {shape.rank_k}, {shape.rank_v} fits "
+            f"{sram_bytes} bytes of shared memory"
+        )
+    return tile

@@ -1,0 +1,130 @@
+"""Rank-space attention on library operators, for a CPU or any device without the Triton kernel.
+
+    q̃      = (P_q V_qᵀ + b_q) V_k,  or  P_q (V_qᵀ V_k) + b_q V_k  where that is cheaper
+    latent = SDPA(q̃, P_k, P_v)                       at width max(R_k, R_v)
+    output = latent V_vᵀ + b_v
+
+Operands: ``attention_operands.py``. K and V never exist at full width, and P_k and P_v of fewer
+heads than H are not repeated. torch's flash attention on CPU takes one width for all three and
+unit strides along it (torch 2.13: ``use_flash_attention_cpp``), or else falls back to scores in
+memory: the narrower latent is padded with zero columns, which change neither scores nor output.
+Each operator rounds to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from flashsvd_compile.kernels.attention_operands import AttentionShape, attention_shape
+from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
+from torch import Tensor
+
+
+def rank_space_attention_library(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    q_factor: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_factor: Tensor | None = None,
+    v_factor: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float,
+) -> Tensor:
+    """[B, H, M, D_v] in memory laid out [B, M, H, D_v]; differentiable."""
+    shape = attention_shape(
+        q,
+        k,
+        v,
+        num_heads=num_heads,
+        q_factor=q_factor,
+        q_bias=q_bias,
+        k_factor=k_factor,
+        v_factor=v_factor,
+        v_bias=v_bias,
+        mask=mask,
+    )
+    queries = _rank_space_queries(q, q_factor, q_bias, k_factor, shape)
+    if mask is not None:
+        mask = attention_mask(mask, is_causal, shape.queries, shape.keys, q.dtype)
+    width = max(shape.rank_k, shape.rank_v)
+    kv_heads = math.lcm(k.shape[1], v.shape[1])  # divides num_heads, as both do
+    latent = F.scaled_dot_product_attention(
+        _pad_rank(queries, width),
+        _pad_rank(repeat_heads(k, kv_heads, 1), width),
+        _pad_rank(repeat_heads(v, kv_heads, 1), width),
+        attn_mask=mask,
+        is_causal=is_causal and mask is None,
+        scale=scale,
+        enable_gqa=kv_heads != num_heads,
+    )[..., : shape.rank_v]
+    output = _lift(latent, v_factor, None if shape.keys == 0 else v_bias, num_heads)
+    if v_bias is not None and mask is not None:
+        output = torch.where(_sees_a_key(mask), output, 0.0)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _rank_space_queries(
+    q: Tensor,
+    q_factor: Tensor | None,
+    q_bias: Tensor | None,
+    k_factor: Tensor | None,
+    shape: AttentionShape,
+) -> Tensor:
+    """q̃ [B, H, M, R_k], unscaled."""
+    num_heads = shape.num_heads
+    if k_factor is None:
+        return _lift(q, q_factor, q_bias, num_heads)
+    to_rank_k = k_factor.transpose(-1, -2)
+    if q_factor is None or not _is_absorbing_cheaper(shape):
+        return _lift(_lift(q, q_factor, q_bias, num_heads), to_rank_k, None, num_heads)
+    factor_heads = math.lcm(q_factor.shape[0], k_factor.shape[0])
+    to_rank_k = repeat_heads(to_rank_k, factor_heads, 0)
+    absorbed = to_rank_k @ repeat_heads(q_factor, factor_heads, 0)  # [heads, R_k, R_q]
+    if q_bias is not None:
+        heads = math.lcm(factor_heads, q_bias.shape[0])
+        columns = repeat_heads(q_bias, heads, 0)[:, :, None]
+        q_bias = (repeat_heads(to_rank_k, heads, 0) @ columns).squeeze(-1)  # b_q V_k
+    return _lift(q, absorbed, q_bias, num_heads)
+
+
+def _lift(latent: Tensor, factor: Tensor | None, bias: Tensor | None, num_heads: int) -> Tensor:
+    """latent factorᵀ + bias for each head, in one product over all rows of a head."""
+    batch, _, rows, _ = latent.shape
+    latent = repeat_heads(latent, num_heads, 1)
+    if bias is not None:
+        bias = repeat_heads(bias, num_heads, 0)[:, None, :]
+    if factor is None:
+        return latent if bias is None else latent + bias
+    of_heads = latent.transpose(0, 1).flatten(1, 2)  # [H, B·M, R], a view of memory [B, M, H, R]
+    to_full_width = repeat_heads(factor, num_heads, 0).transpose(1, 2)
+    if bias is None:
+        lifted = torch.bmm(of_heads, to_full_width)
+    else:
+        lifted = torch.baddbmm(bias, of_heads, to_full_width)
+    return lifted.unflatten(1, (batch, rows)).transpose(0, 1)
+
+
+def _is_absorbing_cheaper(shape: AttentionShape) -> bool:
+    """Multiplications of V_qᵀ V_k once and R_q × R_k a query, against D × (R_q + R_k) a query."""
+    rows = shape.batch * shape.queries
+    ranks = shape.rank_q * shape.rank_k
+    two_lifts = shape.head_dim_qk * (shape.rank_q + shape.rank_k)
+    return (shape.head_dim_qk + rows) * ranks < rows * two_lifts
+
+
+def _pad_rank(operand: Tensor, width: int) -> Tensor:
+    """Zero columns up to ``width``, and a stride of 1 along them."""
+    if operand.shape[-1] < width:
+        return F.pad(operand, (0, width - operand.shape[-1]))
+    return operand if operand.stride(-1) == 1 else operand.contiguous()
+
+
+def _sees_a_key(mask: Tensor) -> Tensor:
+    """Which queries see a key at all, [B|1, H|1, M|1, 1]."""
+    is_seen = mask if mask.dtype == torch.bool else mask != float("-inf")
+    return is_seen.any(-1, keepdim=True)

@@ -1,0 +1,123 @@
+"""The operands of rank-space attention: what the three implementations agree on.
+
+    q̃      = (P_q V_qᵀ + b_q) V_k          scores = scale · q̃ P_kᵀ + mask
+    output = (softmax(scores) P_v) V_vᵀ + b_v
+
+=============  ======================  ============================================
+operand        shape                   meaning
+=============  ======================  ============================================
+``q``          [B, H_q, M, R_q]        latent P_q, or dense queries (R_q = D)
+``k``          [B, H_k, N, R_k]        latent P_k, or dense keys (R_k = D)
+``v``          [B, H_v, N, R_v]        latent P_v, or dense values (R_v = D_v)
+``q_factor``   [H_fq, D, R_q]          V_q; None where ``q`` is dense
+``k_factor``   [H_fk, D, R_k]          V_k; None where ``k`` is dense
+``v_factor``   [H_fv, D_v, R_v]        V_v; None where ``v`` is dense
+``q_bias``     [H_bq, D]               b_q
+``v_bias``     [H_bv, D_v]             b_v
+``mask``       [B|1, H|1, M|1, N|1]    bool (True attends), or floating and added
+output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
+=============  ======================  ============================================
+
+Each operand's own number of heads divides H = ``num_heads``: head h reads its head
+h // (H // H_x), so that 1 is shared by all and the groups of GQA need no copy. The bias of k
+adds one constant to all scores of a query, which softmax drops. With ``is_causal`` query m sees
+key n iff n <= m, and the mask, if any, counts as well. A query that sees no key gives exactly
+zero, without b_v. Strides are free, 0 among them: nothing is expanded to be read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Extents of one call, by the letters of the table above."""
+
+    batch: int
+    num_heads: int
+    queries: int
+    keys: int
+    head_dim_qk: int
+    head_dim_v: int
+    rank_q: int
+    rank_k: int
+    rank_v: int
+
+
+def attention_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    q_factor: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_factor: Tensor | None = None,
+    v_factor: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> AttentionShape:
+    """The extents of valid operands; a ValueError names the first that does not fit."""
+    latents = {"q": q, "k": k, "v": v}
+    for name, latent in latents.items():
+        if latent.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, rows, rank], got {list(latent.shape)}")
+    batch, _, queries, rank_q = q.shape
+    keys, rank_k, rank_v = k.shape[2], k.shape[3], v.shape[3]
+    head_dim_qk = rank_q if q_factor is None else q_factor.shape[-2]
+    head_dim_v = rank_v if v_factor is None else v_factor.shape[-2]
+
+    _check("k", k, (batch, None, keys, rank_k if k_factor is not None else head_dim_qk))
+    _check("v", v, (batch, None, keys, rank_v))
+    operands = {
+        "q_factor": (q_factor, (None, head_dim_qk, rank_q)),
+        "k_factor": (k_factor, (None, head_dim_qk, rank_k)),
+        "v_factor": (v_factor, (None, head_dim_v, rank_v)),
+        "q_bias": (q_bias, (None, head_dim_qk)),
+        "v_bias": (v_bias, (None, head_dim_v)),
+    }
+    for name, (operand, expected) in operands.items():
+        if operand is not None:
+            _check(name, operand, expected)
+
+    given = latents | {name: x for name, (x, _) in operands.items() if x is not None}
+    for name, operand in given.items():
+        heads = operand.shape[1 if name in latents else 0]
+        if heads < 1 or num_heads % heads != 0:
+            raise ValueError(f"{name} has {heads} heads, which must divide num_heads {num_heads}")
+        if operand.dtype != q.dtype or operand.device != q.device:
+            raise ValueError(
+                f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
+                "all operands but the mask must share both"
+            )
+    if mask is not None:
+        _check_mask(mask, (batch, num_heads, queries, keys), q.device)
+    return AttentionShape(
+        batch, num_heads, queries, keys, head_dim_qk, head_dim_v, rank_q, rank_k, rank_v
+    )
+
+
+def _check(name: str, operand: Tensor, expected: tuple[int | None, ...]) -> None:
+    """``None`` in ``expected`` leaves a dimension (the heads) to be checked by its own rule."""
+    fits = operand.dim() == len(expected) and all(
+        want is None or have == want for have, want in zip(operand.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("heads" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name} must be [{wanted}], got {list(operand.shape)}")
+
+
+def _check_mask(mask: Tensor, full: tuple[int, ...], device: torch.device) -> None:
+    fits = mask.dim() == 4 and all(
+        have == 1 or have == want for have, want in zip(mask.shape, full, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask must be 4-D, each dimension 1 or that of {list(full)}, got {list(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"mask must be bool or floating, got {mask.dtype}")
+    if mask.device != device:
+        raise ValueError(f"mask is on {mask.device}, q on {device}")

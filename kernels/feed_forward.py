@@ -1,0 +1,258 @@
+"""The low-rank feed-forward streamed over the intermediate axis: [T, F] never reaches memory.
+
+    h = act(P_u V_uᵀ + b_u)            or, gated,   h = act(P_g V_gᵀ + b_g) · (P_u V_uᵀ + b_u)
+    S = h U_dᵀ + b_d
+
+Notation (operands as in ``feed_forward_reference.py``):
+    T rows, F intermediate size; R_U, R_G, R_D the ranks of up, gate and down
+    BLOCK_M rows of one program; BLOCK_N columns of h per step
+    CHUNK_U, CHUNK_G  ranks multiplied at once, powers of two; one chunk holds a whole padded rank
+                      up to ``MAX_RESIDENT_RANK``, then its latent tile stays on chip for all of F
+    PADDED_D          R_D padded to a power of two, the width of the accumulator
+
+One program owns BLOCK_M rows: for each BLOCK_N columns it lifts the latents (fp32 accumulation),
+adds the biases and activates in fp32, rounds h to the dtype, and adds h U_dᵀ to a
+[BLOCK_M, PADDED_D] fp32 accumulator. S is rounded once, after the bias.
+
+Bytes of memory: each latent read once (F / BLOCK_N times, from L2, above MAX_RESIDENT_RANK), S
+written once, the factors read by every program, mostly from L2. On chip only: h, pre-activations.
+float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf32``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from flashsvd_compile.kernels.activations_triton import activate
+from flashsvd_compile.kernels.feed_forward_reference import (
+    allocate_feed_forward_output,
+    validate_feed_forward,
+)
+from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
+from flashsvd_compile.kernels.primitives import INTERPRETED, dot
+from flashsvd_compile.kernels.tiles import TileConfig
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
+INTERPRETED_SRAM_BYTES = 227 * 1024
+
+
+@triton.jit
+def _load_tile(ptr, rows, row_stride, ROWS, cols, col_stride, COLS, ROWS_FIT: tl.constexpr,
+               COLS_FIT: tl.constexpr):  # fmt: skip
+    """The tile at ``rows`` × ``cols``, zero beyond ROWS × COLS; FIT says nothing is beyond."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    if ROWS_FIT and COLS_FIT:
+        return tl.load(ptrs)
+    if ROWS_FIT:
+        return tl.load(ptrs, mask=cols[None, :] < COLS, other=0.0)
+    if COLS_FIT:
+        return tl.load(ptrs, mask=rows[:, None] < ROWS, other=0.0)
+    return tl.load(ptrs, mask=(rows[:, None] < ROWS) & (cols[None, :] < COLS), other=0.0)
+
+
+@triton.jit
+def _load_latent(ptr, stride_t, stride_r, rows, T, start, RANK: tl.constexpr, CHUNK: tl.constexpr):
+    ranks = start + tl.arange(0, CHUNK)
+    return _load_tile(ptr, rows, stride_t, T, ranks, stride_r, RANK, False, RANK % CHUNK == 0)
+
+
+@triton.jit
+def _load_bias(ptr, stride, columns, N):
+    bias = tl.load(ptr + columns.to(tl.int64) * stride, mask=columns < N, other=0.0)
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def _lift(
+    latent, latent_ptr, latent_stride_t, latent_stride_r,
+    factor_ptr, factor_stride_f, factor_stride_r,
+    rows, T, columns,
+    F: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, F_FIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """P Vᵀ of one tile of rows × columns, in float32; ``latent`` is P where RANK is one chunk."""
+    RANK_FIT: tl.constexpr = RANK % CHUNK == 0
+    ranks = tl.arange(0, CHUNK)
+    if RANK <= CHUNK:
+        factor = _load_tile(factor_ptr, ranks, factor_stride_r, RANK,
+                            columns, factor_stride_f, F, RANK_FIT, F_FIT)  # fmt: skip
+        lifted = dot(latent, factor, None, PRECISION, INTERPRETED)
+    else:
+        lifted = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+        for start in tl.range(0, RANK, CHUNK):
+            chunk = _load_latent(latent_ptr, latent_stride_t, latent_stride_r, rows, T,
+                                 start, RANK, CHUNK)  # fmt: skip
+            factor = _load_tile(factor_ptr, start + ranks, factor_stride_r, RANK,
+                                columns, factor_stride_f, F, RANK_FIT, F_FIT)  # fmt: skip
+            lifted = dot(chunk, factor, lifted, PRECISION, INTERPRETED)
+    return lifted
+
+
+@triton.jit
+def _feed_forward_kernel(
+    up_ptr, up_stride_t, up_stride_r,
+    up_factor_ptr, up_factor_stride_f, up_factor_stride_r, up_bias_ptr, up_bias_stride,
+    gate_ptr, gate_stride_t, gate_stride_r,
+    gate_factor_ptr, gate_factor_stride_f, gate_factor_stride_r, gate_bias_ptr, gate_bias_stride,
+    down_factor_ptr, down_factor_stride_d, down_factor_stride_f, down_bias_ptr, down_bias_stride,
+    out_ptr,
+    T,
+    F: tl.constexpr, R_U: tl.constexpr, R_G: tl.constexpr, R_D: tl.constexpr,
+    CHUNK_U: tl.constexpr, CHUNK_G: tl.constexpr, PADDED_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr,
+    SHORT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    F_FIT: tl.constexpr = F % BLOCK_N == 0
+    D_FIT: tl.constexpr = R_D == PADDED_D
+    # 64 bits before the product with a stride: a tensor may hold more than 2³¹ elements.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks_d = tl.arange(0, PADDED_D)
+
+    up = None
+    gate = None
+    if R_U <= CHUNK_U:
+        up = _load_latent(up_ptr, up_stride_t, up_stride_r, rows, T, 0, R_U, CHUNK_U)
+    if GATED and R_G <= CHUNK_G:
+        gate = _load_latent(gate_ptr, gate_stride_t, gate_stride_r, rows, T, 0, R_G, CHUNK_G)
+
+    # The pipeliner leaves loads as small as a bias alone: each is asked for one step ahead, or its
+    # latency would stand before every lift.
+    up_bias = tl.zeros([BLOCK_N], tl.float32)
+    gate_bias = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_UP_BIAS:
+        up_bias = _load_bias(up_bias_ptr, up_bias_stride, tl.arange(0, BLOCK_N), F)
+    if HAS_GATE_BIAS:
+        gate_bias = _load_bias(gate_bias_ptr, gate_bias_stride, tl.arange(0, BLOCK_N), F)
+
+    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    for start in tl.range(0, F, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        hidden = _lift(
+            up, up_ptr, up_stride_t, up_stride_r,
+            up_factor_ptr, up_factor_stride_f, up_factor_stride_r,
+            rows, T, columns, F, R_U, CHUNK_U, F_FIT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        if HAS_UP_BIAS:
+            hidden += up_bias[None, :]
+            up_bias = _load_bias(up_bias_ptr, up_bias_stride, columns + BLOCK_N, F)
+        if GATED:
+            gated = _lift(
+                gate, gate_ptr, gate_stride_t, gate_stride_r,
+                gate_factor_ptr, gate_factor_stride_f, gate_factor_stride_r,
+                rows, T, columns, F, R_G, CHUNK_G, F_FIT, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            if HAS_GATE_BIAS:
+                gated += gate_bias[None, :]
+                gate_bias = _load_bias(gate_bias_ptr, gate_bias_stride, columns + BLOCK_N, F)
+            hidden = activate(gated, ACTIVATION, SHORT) * hidden
+        else:
+            hidden = activate(hidden, ACTIVATION, SHORT)
+        # Beyond F the factor is 0, so what the activation makes of a padded column is dropped.
+        down_factor = _load_tile(down_factor_ptr, columns, down_factor_stride_f, F,
+                                 ranks_d, down_factor_stride_d, R_D, F_FIT, D_FIT)  # fmt: skip
+        acc = dot(hidden.to(down_factor.dtype), down_factor, acc, PRECISION, INTERPRETED)
+
+    if HAS_DOWN_BIAS:
+        acc += _load_bias(down_bias_ptr, down_bias_stride, ranks_d, R_D)[None, :]
+    out_ptrs = out_ptr + rows[:, None] * R_D + ranks_d[None, :]
+    inside = (rows[:, None] < T) & (ranks_d[None, :] < R_D)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def streamed_feed_forward(
+    up: Tensor,
+    up_factor: Tensor,
+    down_factor: Tensor,
+    *,
+    activation: str,
+    up_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_factor: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    tile: TileConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """S [T, R_d], contiguous. Operands of any strides; ``tile`` defaults to `default_tile`."""
+    validate_feed_forward(
+        up, up_factor, down_factor, activation, up_bias, gate, gate_factor, gate_bias, down_bias
+    )
+    if up.dtype not in DTYPES:
+        raise ValueError(f"a streamed feed-forward takes {DTYPES}, not {up.dtype}")
+    rows, rank_up = up.shape
+    rank_down, intermediate_size = down_factor.shape
+    rank_gate = None if gate is None else gate.shape[1]
+    out = allocate_feed_forward_output(up, rank_down, out)
+    if tile is None:
+        tile = _default_tile(up, rank_up, rank_gate, rank_down, intermediate_size)
+    if out.numel() == 0:
+        return out
+
+    _feed_forward_kernel[(triton.cdiv(rows, tile.block_m),)](
+        *_pointer_and_strides(up, up, 2),
+        *_pointer_and_strides(up_factor, up, 2),
+        *_pointer_and_strides(up_bias, up, 1),
+        *_pointer_and_strides(gate, up, 2),
+        *_pointer_and_strides(gate_factor, up, 2),
+        *_pointer_and_strides(gate_bias, up, 1),
+        *_pointer_and_strides(down_factor, up, 2),
+        *_pointer_and_strides(down_bias, up, 1),
+        out,
+        rows,
+        F=intermediate_size,
+        R_U=rank_up,
+        R_G=rank_gate or 0,
+        R_D=rank_down,
+        CHUNK_U=rank_chunk(rank_up),
+        CHUNK_G=rank_chunk(rank_gate or 0),
+        PADDED_D=rank_padded(rank_down),
+        ACTIVATION=activation,
+        GATED=gate is not None,
+        HAS_UP_BIAS=up_bias is not None,
+        HAS_GATE_BIAS=gate_bias is not None,
+        HAS_DOWN_BIAS=down_bias is not None,
+        SHORT=up.element_size() == 2,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        INTERPRETED=INTERPRETED,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.max_registers or None,
+    )
+    return out
+
+
+def _pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) -> tuple:
+    """Kernel arguments of an operand; an absent one is never read, whatever stands in for it."""
+    if operand is None:
+        return (stand_in, *[0] * ndim)
+    return (operand, *operand.stride())
+
+
+def _default_tile(
+    up: Tensor, rank_up: int, rank_gate: int | None, rank_down: int, intermediate_size: int
+) -> TileConfig:
+    sram_bytes = (
+        torch.cuda.get_device_properties(up.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if up.is_cuda
+        else INTERPRETED_SRAM_BYTES
+    )
+    tile = default_tile(
+        rank_up=rank_up,
+        rank_gate=rank_gate,
+        rank_down=rank_down,
+        intermediate_size=intermediate_size,
+        element_bytes=up.element_size(),
+        sram_bytes=sram_bytes,
+    )
+    if tile is None:
+        raise ValueError(
+            f"no tile of a streamed feed-forward fits {sram_bytes} bytes of shared memory at ranks "
+            f"up {rank_up}, gate {rank_gate}, down {rank_down} in {up.dtype}; use row blocks"
+        )
+    return tile

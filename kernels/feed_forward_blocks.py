@@ -1,0 +1,108 @@
+"""The low-rank feed-forward in blocks of rows on library GEMMs, for ranks too large for a tile.
+
+    for each block of rows:   h = act(P_u V_uᵀ + b_u)     [block_rows, F], one reused buffer
+                              S[block] = h U_dᵀ + b_d     written straight into the output
+
+Operands as in ``feed_forward_reference.py``. Only [block_rows, F] exists of the intermediate
+(twice when gated), whatever the number of rows, and on a CPU it stays in cache between the three
+operators that touch it. Each operator rounds to the dtype, as unfused. No autograd.
+"""
+
+import torch
+from flashsvd_compile.kernels.activations import ACTIVATIONS
+from flashsvd_compile.kernels.feed_forward_reference import (
+    allocate_feed_forward_output,
+    validate_feed_forward,
+)
+from torch import Tensor
+
+# Each thread's share of [block_rows, F] lies in its second-level cache (2 MiB here) beside the
+# factors' panels. Xeon with AVX-512, 2 threads, torch 2.13.0, float32, F 3072, rank 64, 2026-11-25,
+# `python -m bench.feed_forward --device cpu --shapes blocks`: from 64 to 256 rows the time is the
+# same within a tenth, 32 rows take a fifth more.
+CPU_BLOCK_BYTES_PER_THREAD = 768 * 1024
+CPU_MIN_BLOCK_ROWS = 64
+
+# A block's second GEMM writes [block_rows, R_d] only: enough rows for this many waves of
+# GEMM_TILE × GEMM_TILE output tiles over the multiprocessors. On an H100 at rank 1024 (4224 rows of
+# 32768, F 11008, SiLU gate) that costs 5% over unfused eager, for an eighth of its bytes; torch
+# 2.11.0, 2026-11-25, `python -m bench.feed_forward --device cuda`.
+GEMM_TILE = 128
+GPU_WAVES = 2
+
+
+@torch.no_grad()
+def row_blocks_feed_forward(
+    up: Tensor,
+    up_factor: Tensor,
+    down_factor: Tensor,
+    *,
+    activation: str,
+    up_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_factor: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    out: Tensor | None = None,
+    block_rows: int | None = None,
+) -> Tensor:
+    """S [T, R_d], block after block; ``block_rows`` defaults to `default_block_rows`."""
+    validate_feed_forward(
+        up, up_factor, down_factor, activation, up_bias, gate, gate_factor, gate_bias, down_bias
+    )
+    rows = up.shape[0]
+    rank_down, intermediate_size = down_factor.shape
+    out = allocate_feed_forward_output(up, rank_down, out)
+    if block_rows is None:
+        block_rows = default_block_rows(
+            intermediate_size=intermediate_size,
+            rank_down=rank_down,
+            element_bytes=up.element_size(),
+            gated=gate is not None,
+            device=up.device,
+        )
+    if block_rows < 1:
+        raise ValueError(f"block_rows must be at least 1, is {block_rows}")
+
+    activate_in_place = ACTIVATIONS[activation].in_place
+    buffer_rows = min(block_rows, rows)
+    up_buffer = up.new_empty(buffer_rows, intermediate_size)
+    gate_buffer = torch.empty_like(up_buffer) if gate is not None else None
+    for start in range(0, rows, block_rows):
+        stop = min(start + block_rows, rows)
+        hidden = up_buffer[: stop - start]
+        _linear_into(hidden, up[start:stop], up_factor, up_bias)
+        if gate is None or gate_factor is None or gate_buffer is None:
+            activate_in_place(hidden)
+        else:
+            gated = gate_buffer[: stop - start]
+            _linear_into(gated, gate[start:stop], gate_factor, gate_bias)
+            hidden.mul_(activate_in_place(gated))
+        _linear_into(out[start:stop], hidden, down_factor, down_bias)
+    return out
+
+
+def default_block_rows(
+    *,
+    intermediate_size: int,
+    rank_down: int,
+    element_bytes: int,
+    gated: bool,
+    device: torch.device,
+) -> int:
+    """Rows of a block: what stays in cache on a CPU, what fills the GEMMs on a GPU."""
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        column_tiles = max(1, -(-rank_down // GEMM_TILE))
+        return GEMM_TILE * -(-GPU_WAVES * multiprocessors // column_tiles)
+    row_bytes = max(1, intermediate_size) * element_bytes * (2 if gated else 1)
+    block_bytes = CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+    # A multiple of 16 keeps the GEMM's row panels whole.
+    return max(CPU_MIN_BLOCK_ROWS, block_bytes // row_bytes // 16 * 16)
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)

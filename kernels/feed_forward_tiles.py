@@ -1,0 +1,152 @@
+"""Which tiles a streamed feed-forward may have, and what they cost on chip. Imports no Triton.
+
+`default_tile` takes the first of an ordered list that fits the shared memory and the registers.
+"""
+
+from flashsvd_compile.kernels.tiles import TileConfig
+
+# The tensor cores' least extent along a contraction.
+MIN_PADDED_RANK = 16
+
+# Up to here a latent's tile stays on chip; beyond, each column tile reads it again in chunks.
+MAX_RESIDENT_RANK = 256
+STREAMED_CHUNK = 64
+
+# Beyond the tiles themselves: barriers and small conversions. 256 is the most seen in 224 kernels
+# compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25.
+SRAM_SLACK_BYTES = 256
+
+# Accumulators (32-bit registers of a thread) beyond which ptxas spills. Of those 224 kernels, the
+# 16-bit ones spilled from 256 on and, resident latents given, not at 192; exact float32, which
+# keeps operands in registers too, mostly from 80 on and, without a gate, not at 72.
+MAX_ACCUMULATORS_16_BIT = 192
+MAX_ACCUMULATORS_32_BIT = 72
+
+# Fastest first, then ever smaller: the first that fits is taken. H100 80GB HBM3, torch 2.11.0,
+# triton 3.6.0, 2026-11-25, `python -m bench.feed_forward_tiles` (bfloat16, 65536 rows, F 3072):
+# at ranks 64, 128 and 240 what is taken came within 2% of the best of all tiles.
+NARROW_RANK = 64
+_FALLBACK = (
+    TileConfig(64, 64, 4, 2),
+    TileConfig(64, 32, 4, 3),
+    TileConfig(64, 32, 4, 2),
+    TileConfig(32, 32, 4, 2),
+    TileConfig(16, 32, 4, 2),
+    TileConfig(16, 16, 4, 2),
+    TileConfig(16, 16, 4, 1),
+)
+TILES_NARROW = (TileConfig(64, 64, 4, 3), *_FALLBACK)
+TILES_WIDE = (
+    TileConfig(128, 32, 8, 4),
+    TileConfig(128, 32, 8, 3),
+    TileConfig(64, 64, 4, 3),
+    *_FALLBACK,
+)
+TILES_WIDE_GATED = (
+    TileConfig(128, 64, 8, 3),
+    TileConfig(128, 32, 8, 4),
+    TileConfig(64, 32, 4, 3),
+    *_FALLBACK,
+)
+# Exact float32 has no tensor core to feed; only what fits its registers was sought, not measured.
+TILES_32_BIT = (
+    TileConfig(64, 32, 4, 2),
+    TileConfig(64, 32, 8, 2),
+    TileConfig(32, 32, 4, 2),
+    TileConfig(32, 32, 8, 2),
+    TileConfig(16, 16, 4, 2),
+    TileConfig(16, 16, 4, 1),
+)
+
+# The largest of the ranks up to which streaming took less time than the unfused expression under
+# Inductor and than row blocks, in 16 bits at 65536 rows, F 3072; same H100, versions and day,
+# `python -m bench.feed_forward --device cuda`, the same with `--shapes crossover`, and the tiles'
+# bench. Without a gate 0.44 ms at 256, against 0.67 and 0.72. With one (SiLU) 0.34 at 96, against
+# 0.89 and 1.16, and 0.32 at 128; beyond, 0.97 at 240, against 0.88 to 0.94 and 1.24 to 1.30 at 192
+# and 256. Above 256 latents do not stay on chip: at 1024 (32768 rows, F 11008) 110 ms against 3.6
+# and 4.3.
+STREAMED_FASTEST_UP_TO_RANK = 256
+STREAMED_FASTEST_UP_TO_RANK_GATED = 128
+
+
+def rank_padded(rank: int) -> int:
+    """The power of two that a tile runs ``rank`` at."""
+    return max(MIN_PADDED_RANK, 1 << max(rank - 1, 0).bit_length())
+
+
+def rank_chunk(rank: int) -> int:
+    """Ranks of a latent multiplied at once: all of them, padded, or chunks of a large rank."""
+    padded = rank_padded(rank)
+    return padded if padded <= MAX_RESIDENT_RANK else STREAMED_CHUNK
+
+
+def sram_bytes_of(
+    tile: TileConfig, *, rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int
+) -> int:
+    """Shared memory of one program: at least what the compiled kernel asks for.
+
+    Resident latent tiles once, and each factor's tile ``num_stages`` times. On Hopper's tensor
+    cores in 16 bits that is exact but for the slack; older ones and exact float32 keep one stage
+    less, and ask for as little as 0.6 of it.
+    """
+    m, n, stages = tile.block_m, tile.block_n, tile.num_stages
+    resident = 0
+    factors = n * rank_padded(rank_down)
+    chunks = 0
+    for rank in (rank_up, rank_gate):
+        if rank is None:
+            continue
+        chunk = rank_chunk(rank)
+        if rank <= chunk:
+            resident += m * chunk
+            factors += n * chunk
+        else:
+            chunks = max(chunks, (m + n) * chunk)
+    # Loops over chunks are the innermost ones, and only those have stages.
+    elements = resident + (factors + stages * chunks if chunks else stages * factors)
+    if element_bytes == 4:
+        # Exact float32 passes h to its second matmul through shared memory.
+        elements = max(elements, resident + max(stages - 1, 1) * factors + m * n)
+    return elements * element_bytes + SRAM_SLACK_BYTES
+
+
+def accumulators_of(tile: TileConfig, *, gated: bool, rank_down: int) -> int:
+    """Registers of one thread that hold S's tile and the pre-activations."""
+    columns = rank_padded(rank_down) + tile.block_n * (2 if gated else 1)
+    return tile.block_m * columns // (32 * tile.num_warps)
+
+
+def default_tile(
+    *,
+    rank_up: int,
+    rank_gate: int | None,
+    rank_down: int,
+    intermediate_size: int,
+    element_bytes: int,
+    sram_bytes: int,
+) -> TileConfig | None:
+    """The preferred tile that fits, or None."""
+    limit = MAX_ACCUMULATORS_16_BIT if element_bytes == 2 else MAX_ACCUMULATORS_32_BIT
+    for tile in _preferred(rank_up, rank_gate, rank_down, element_bytes):
+        oversized = tile.block_n > rank_padded(intermediate_size)
+        registers = accumulators_of(tile, gated=rank_gate is not None, rank_down=rank_down)
+        sram = sram_bytes_of(
+            tile,
+            rank_up=rank_up,
+            rank_gate=rank_gate,
+            rank_down=rank_down,
+            element_bytes=element_bytes,
+        )
+        if not oversized and registers <= limit and sram <= sram_bytes:
+            return tile
+    return None
+
+
+def _preferred(
+    rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int
+) -> tuple[TileConfig, ...]:
+    if element_bytes == 4:
+        return TILES_32_BIT
+    if rank_padded(max(rank_up, rank_gate or 0, rank_down)) <= NARROW_RANK:
+        return TILES_NARROW
+    return TILES_WIDE if rank_gate is None else TILES_WIDE_GATED

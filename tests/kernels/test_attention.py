@@ -1,0 +1,341 @@
+"""Rank-space attention, interpreted kernel and library route, against the lifted expression."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flashsvd_compile.kernels.attention import rank_space_attention
+from flashsvd_compile.kernels.attention_library import rank_space_attention_library
+from flashsvd_compile.kernels.attention_operands import attention_shape
+from flashsvd_compile.kernels.attention_reference import lifted_attention
+from flashsvd_compile.kernels.tiles import TileConfig
+from torch.nn.attention import SDPBackend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+IMPLEMENTATIONS = [
+    pytest.param(partial(rank_space_attention, tile=TILE), id="kernel"),
+    pytest.param(rank_space_attention_library, id="library"),
+]
+HARD, SOFT = float("-inf"), torch.finfo(torch.float32).min
+
+
+def operands(
+    *,
+    batch=2,
+    heads=2,
+    queries=19,
+    keys=37,
+    head_dim=32,
+    head_dim_v=32,
+    ranks=(16, 16, 16),
+    lifted="qkv",
+    latent_heads=(2, 2, 2),
+    factor_heads=2,
+    bias=True,
+    mask=None,
+    is_causal=False,
+    dtype=torch.float32,
+    seed=0,
+):
+    """(q, k, v), keywords: random operands of order 1, latents as transposed [B, M, H, R] views."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    wide = (head_dim, head_dim, head_dim_v)
+    latents, factors = [], {}
+    for name, rank, width, n, rows in zip(
+        "qkv", ranks, wide, latent_heads, (queries, keys, keys), strict=True
+    ):
+        columns = rank if name in lifted else width
+        latents.append(random(batch, rows, n, columns).transpose(1, 2))
+        if name in lifted:
+            factors[f"{name}_factor"] = random(factor_heads, width, rank) / rank**0.5
+    biases = {}
+    if bias:
+        biases = {"q_bias": random(heads, head_dim), "v_bias": random(heads, head_dim_v)}
+    if mask is not None:
+        mask = mask(batch, heads, queries, keys, generator).to(DEVICE)
+    common = {
+        "num_heads": heads,
+        "mask": mask,
+        "is_causal": is_causal,
+        "scale": head_dim**-0.5,
+    }
+    return tuple(latents), factors | biases | common
+
+
+def padding(batch, heads, queries, keys, generator):
+    """The first batch sees no key at all."""
+    return (torch.arange(keys) < torch.arange(batch)[:, None] * keys // batch)[:, None, None]
+
+
+def any_bool(batch, heads, queries, keys, generator):
+    mask = torch.rand(batch, heads, queries, keys, generator=generator) > 0.4
+    mask[0, -1, queries // 2] = False
+    return mask
+
+
+def per_query(batch, heads, queries, keys, generator):
+    return torch.arange(queries)[None, None, :, None] % 3 > 0
+
+
+def transposed_bool(batch, heads, queries, keys, generator):
+    return torch.rand(batch, 1, keys, queries, generator=generator).transpose(2, 3) > 0.3
+
+
+def added(hidden, batch, heads, queries, keys, generator):
+    """A bias a score, a third of the keys hidden, and one query with every key hidden."""
+    mask = torch.randn(1, heads, queries, keys, generator=generator)
+    mask = mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, hidden)
+    mask[0, 0, queries // 2] = hidden
+    return mask
+
+
+CASES = {
+    "plain": {},
+    "rank_1": {"ranks": (1, 1, 1)},
+    "ranks_8_15_37": {"ranks": (8, 15, 37)},
+    "rank_40_runs_as_32_and_16": {"ranks": (40, 40, 40), "head_dim": 40, "head_dim_v": 80},
+    "ranks_above_head_dim": {"ranks": (96, 129, 40)},
+    "dense_q": {"lifted": "kv"},
+    "dense_k": {"lifted": "qv", "head_dim": 48},
+    "dense_v": {"lifted": "qk", "head_dim_v": 40},
+    "only_v_lifted": {"lifted": "v"},
+    "all_dense": {"lifted": ""},
+    "no_bias": {"bias": False},
+    "shared_latents": {"heads": 4, "latent_heads": (1, 1, 1), "factor_heads": 4},
+    "grouped_latents": {"heads": 4, "latent_heads": (4, 2, 2)},
+    "k_and_v_grouped_apart": {"heads": 6, "latent_heads": (6, 2, 3), "factor_heads": 1},
+    "one_query_one_key": {"queries": 1, "keys": 1},
+    "no_keys": {"keys": 0},
+    "no_keys_masked": {"keys": 0, "mask": padding},
+    "no_queries": {"queries": 0},
+    "no_batch": {"batch": 0},
+    "whole_tiles": {"queries": 32, "keys": 32},
+    "causal": {"is_causal": True},
+    "causal_more_queries": {"is_causal": True, "queries": 50, "keys": 20},
+    "causal_whole_tiles": {"is_causal": True, "queries": 32, "keys": 32},
+    "padding": {"mask": padding},
+    "any_bool": {"mask": any_bool},
+    "any_bool_causal": {"mask": any_bool, "is_causal": True},
+    "per_query": {"mask": per_query},
+    "transposed_bool": {"mask": transposed_bool},
+    "added_hard": {"mask": partial(added, HARD)},
+    "added_soft": {"mask": partial(added, SOFT)},
+    "added_soft_causal": {"mask": partial(added, SOFT), "is_causal": True},
+    "bfloat16": {"dtype": torch.bfloat16, "ranks": (40, 24, 16), "mask": padding},
+    "float16": {"dtype": torch.float16, "mask": any_bool, "is_causal": True},
+    "bfloat16_dense_qk": {"dtype": torch.bfloat16, "lifted": "v"},
+}
+
+
+def to_float64(latents, keywords):
+    def convert(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x
+
+    return [convert(x) for x in latents], {name: convert(x) for name, x in keywords.items()}
+
+
+def assert_as_exact_as_eager(output, latents, keywords):
+    """At most 1.1 times the lifted expression's own error against float64, plus 4 ulp of 1."""
+    wide_latents, wide_keywords = to_float64(latents, keywords)
+    exact = lifted_attention(*wide_latents, **wide_keywords)
+    assert output.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    eager_error = (lifted_attention(*latents, **keywords) - exact).abs().max()
+    error = (output - exact).abs().max()
+    ulp = torch.finfo(output.dtype).eps * max(1.0, exact.abs().max().item())
+    assert error <= 1.1 * eager_error + 4 * ulp
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_lifted(implementation, case):
+    latents, keywords = operands(**case)
+    assert_as_exact_as_eager(implementation(*latents, **keywords), latents, keywords)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "mask", [padding, any_bool, partial(added, HARD)], ids=["padding", "any", "added"]
+)
+def test_a_query_without_keys_gives_exactly_zero(implementation, mask, is_causal):
+    latents, keywords = operands(mask=mask, is_causal=is_causal)
+    shape = (2, 2, 19, 37)
+    seen = keywords["mask"]
+    seen = seen if seen.dtype == torch.bool else seen > HARD
+    seen = seen.expand(shape)
+    if is_causal:
+        seen = seen & torch.ones(19, 37, dtype=torch.bool, device=DEVICE).tril()
+    blind = ~seen.any(-1)
+    assert blind.any()
+    assert not blind.all()
+    output = implementation(*latents, **keywords)
+    assert (output[blind] == 0).all()
+    assert (output[~blind] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_soft_mask_over_a_whole_row_weighs_keys_equally(implementation):
+    latents, keywords = operands(mask=partial(added, SOFT), bias=False)
+    output = implementation(*latents, **keywords)
+    values = torch.einsum("bnr,dr->bnd", latents[2][:, 0], keywords["v_factor"][0])
+    torch.testing.assert_close(output[:, 0, 19 // 2], values.mean(1))
+
+
+@pytest.mark.parametrize(
+    "implementation", [*IMPLEMENTATIONS, pytest.param(lifted_attention, id="lifted")]
+)
+def test_output_memory_is_by_position(implementation):
+    latents, keywords = operands()
+    output = implementation(*latents, **keywords)
+    assert output.transpose(1, 2).is_contiguous()
+
+
+def test_any_strides():
+    """Stride 0 over the batch, a non-unit last stride, factors transposed, a sliced mask."""
+    latents, keywords = operands(mask=any_bool)
+    q, k, v = latents
+    k = k[:1].expand(2, -1, -1, -1)
+    v = v.transpose(2, 3).contiguous().transpose(2, 3)
+    keywords["q_factor"] = keywords["q_factor"].transpose(1, 2).contiguous().transpose(1, 2)
+    keywords["v_bias"] = keywords["v_bias"][:, :1].expand(-1, 32)
+    keywords["mask"] = keywords["mask"].repeat(1, 1, 1, 2)[..., ::2]
+    for implementation in (partial(rank_space_attention, tile=TILE), rank_space_attention_library):
+        assert_as_exact_as_eager(implementation(q, k, v, **keywords), (q, k, v), keywords)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_kernel_writes_every_element_and_nothing_beside(is_causal):
+    latents, keywords = operands(ranks=(16, 40, 40), head_dim_v=40, is_causal=is_causal)
+    memory = torch.full((2, 19 + 2, 3, 40 + 8), float("nan"), device=DEVICE)
+    out = memory[:, 1:-1, :2, :40].transpose(1, 2)
+    returned = rank_space_attention(*latents, **keywords, tile=TILE, out=out)
+    assert returned is out
+    assert_as_exact_as_eager(out, latents, keywords)
+    assert memory.isnan().sum() == memory.numel() - out.numel()
+
+
+def test_padding_of_tiles_never_reads_beyond_the_keys():
+    """NaN right behind the last key and the last rank must not reach the output."""
+    latents, keywords = operands(ranks=(15, 15, 15), keys=37)
+    padded = []
+    for latent in latents:
+        memory = torch.full((2, 2, 48, 32), float("nan"), device=DEVICE)
+        view = memory[:, :, : latent.shape[2], : latent.shape[3]]
+        view.copy_(latent)
+        padded.append(view)
+    output = rank_space_attention(*padded, **keywords, tile=TILE)
+    assert_as_exact_as_eager(output, latents, keywords)
+
+
+@pytest.mark.parametrize(
+    ("tile", "is_causal"),
+    [((16, 32), False), ((32, 16), True), ((64, 16), True), ((16, 64), True), ((64, 64), False)],
+)
+def test_every_tile_shape_agrees(tile, is_causal):
+    latents, keywords = operands(queries=70, keys=70, batch=1, is_causal=is_causal, mask=any_bool)
+    config = TileConfig(*tile, num_warps=4, num_stages=2)
+    assert_as_exact_as_eager(
+        rank_space_attention(*latents, **keywords, tile=config), latents, keywords
+    )
+
+
+def test_default_tile_runs():
+    latents, keywords = operands(batch=1, ranks=(40, 24, 40))
+    assert_as_exact_as_eager(rank_space_attention(*latents, **keywords), latents, keywords)
+
+
+@pytest.mark.parametrize("change", ["latent", "factor", "mask"])
+def test_library_takes_flash_attention_and_never_the_scores(change, monkeypatch):
+    """What reaches SDPA is what torch runs as flash on CPU, K and V still in rank space."""
+    latents, keywords = operands(
+        heads=4,
+        ranks=(16, 16, 40) if change == "factor" else (16, 24, 16),
+        latent_heads=(4, 2, 2) if change == "latent" else (1, 1, 1),
+        mask=any_bool if change == "mask" else None,
+    )
+    calls = []
+    attend = F.scaled_dot_product_attention
+
+    def record(q, k, v, **options):
+        calls.append((k, v))
+        choice = torch._fused_sdp_choice(
+            q, k, v, options["attn_mask"], 0.0, options["is_causal"],
+            enable_gqa=options["enable_gqa"],
+        )  # fmt: skip
+        assert DEVICE != "cpu" or choice == SDPBackend.FLASH_ATTENTION.value
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    rank_space_attention_library(*latents, **keywords)
+    ((k, v),) = calls
+    assert k.shape[1] == latents[1].shape[1]
+    assert k.shape[-1] == v.shape[-1] == max(latents[1].shape[-1], latents[2].shape[-1])
+
+
+@pytest.mark.parametrize("implementation", [rank_space_attention_library, lifted_attention])
+def test_differentiable(implementation):
+    latents, keywords = to_float64(*operands(batch=1, queries=3, keys=4, mask=any_bool))
+    names = ["q_factor", "q_bias", "k_factor", "v_factor", "v_bias"]
+    inputs = [*latents, *(keywords[name] for name in names)]
+
+    def call(q, k, v, *rest):
+        return implementation(q, k, v, **(keywords | dict(zip(names, rest, strict=True))))
+
+    assert torch.autograd.gradcheck(call, [x.detach().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"k_factor": torch.zeros(2, 32, 17)}, r"k_factor must be \[heads, 32, 16\]"),
+        ({"q_bias": torch.zeros(2, 31)}, r"q_bias must be \[heads, 32\]"),
+        ({"v_factor": torch.zeros(3, 32, 16)}, "v_factor has 3 heads, which must divide"),
+        ({"v_bias": torch.zeros(2, 32).half()}, "v_bias is torch.float16"),
+        ({"mask": torch.ones(2, 2, 19, 36).bool()}, "mask must be 4-D"),
+        ({"mask": torch.ones(19, 37).bool()}, "mask must be 4-D"),
+        ({"mask": torch.ones(2, 2, 19, 37).int()}, "mask must be bool or floating"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize(
+    "implementation", [*IMPLEMENTATIONS, pytest.param(lifted_attention, id="lifted")]
+)
+def test_operands_that_do_not_fit_are_named(implementation, broken, message):
+    latents, keywords = operands()
+    broken = {name: x.to(DEVICE) for name, x in broken.items()}
+    with pytest.raises(ValueError, match=message):
+        implementation(*latents, **(keywords | broken))
+
+
+def test_latents_that_do_not_fit_are_named():
+    (q, k, v), keywords = operands()
+    with pytest.raises(ValueError, match=r"q must be \[batch, heads, rows, rank\]"):
+        lifted_attention(q[0], k, v, **keywords)
+    with pytest.raises(ValueError, match=r"v must be \[2, heads, 37, 16\]"):
+        lifted_attention(q, k, v[:, :, :-1], **keywords)
+
+
+def test_kernel_refuses_what_it_cannot_run():
+    latents, keywords = operands()
+    wide_latents, wide_keywords = to_float64(latents, keywords)
+    with pytest.raises(ValueError, match=r"the kernel runs .* q is torch\.float64"):
+        rank_space_attention(*wide_latents, **wide_keywords)
+    with pytest.raises(ValueError, match=r"out must be \[2, 2, 19, 32\]"):
+        rank_space_attention(*latents, **keywords, out=torch.empty(2, 19, 2, 32, device=DEVICE))
+
+
+def test_shape_of_operands():
+    latents, keywords = operands(ranks=(8, 15, 37), head_dim_v=40)
+    del keywords["is_causal"], keywords["scale"]
+    shape = attention_shape(*latents, **keywords)
+    assert (shape.batch, shape.num_heads, shape.queries, shape.keys) == (2, 2, 19, 37)
+    assert (shape.head_dim_qk, shape.head_dim_v) == (32, 40)
+    assert (shape.rank_q, shape.rank_k, shape.rank_v) == (8, 15, 37)

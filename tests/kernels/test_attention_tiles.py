@@ -1,0 +1,112 @@
+"""Which tiles fit: padding of ranks, preference, and the budget of shared memory."""
+
+import subprocess
+import sys
+
+import pytest
+from flashsvd_compile.kernels.attention_tiles import (
+    candidate_tiles,
+    common_width,
+    default_tile,
+    lift_chunk,
+    rank_padded,
+    sram_bytes_of,
+)
+from flashsvd_compile.kernels.tiles import TileConfig
+
+KIB = 1024
+BERT = {
+    "head_dim_qk": 64,
+    "head_dim_v": 64,
+    "rank_q": 32,
+    "rank_k": 32,
+    "rank_v": 32,
+    "q_lifted": True,
+    "v_lifted": True,
+    "element_bytes": 2,
+}
+
+
+def of_rank(rank):
+    return BERT | {"rank_q": rank, "rank_k": rank, "rank_v": rank}
+
+
+@pytest.mark.parametrize(
+    ("rank", "padded"), [(1, 16), (15, 16), (16, 16), (17, 32), (40, 64), (64, 64), (257, 512)]
+)
+def test_ranks_are_padded_to_powers_of_two(rank, padded):
+    assert rank_padded(rank) == padded
+
+
+def test_ranks_of_one_call_are_padded_alike_up_to_the_swizzle():
+    assert common_width(8, 16, 16, 2) == 16
+    assert common_width(8, 40, 16, 2) == 64
+    assert common_width(8, 257, 16, 2) == 64
+    assert common_width(8, 40, 16, 4) == 32
+    assert rank_padded(8, 64) == 64
+    assert lift_chunk(8, 64) == lift_chunk(256, 16) == 64
+
+
+@pytest.mark.parametrize("sram_kib", [48, 64, 99, 164, 227])
+@pytest.mark.parametrize("rank", [8, 32, 40, 64, 96, 128])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_every_budget_has_a_tile_within_it(rank, sram_kib, element_bytes):
+    case = of_rank(rank) | {"element_bytes": element_bytes}
+    if (rank, element_bytes, sram_kib) in {(96, 4, 48), (128, 4, 48), (96, 4, 64), (128, 4, 64)}:
+        pytest.skip("a chunk of V_v alone takes it")
+    tiles = list(candidate_tiles(**case, sram_bytes=sram_kib * KIB))
+    assert tiles[0] == default_tile(**case, sram_bytes=sram_kib * KIB)
+    assert len(set(tiles)) == len(tiles)
+    assert all(sram_bytes_of(t, **case, mask_bytes=4) <= sram_kib * KIB for t in tiles)
+
+
+def test_measured_best_tiles_come_first_on_a_large_gpu():
+    large = {"sram_bytes": 227 * KIB}
+    masked = large | {"has_mask": True}
+    assert default_tile(**BERT, **large) == TileConfig(64, 64, 4, 3, max_registers=96)
+    assert default_tile(**BERT, **masked) == TileConfig(64, 64, 4, 3, max_registers=96)
+    assert default_tile(**of_rank(40), **large) == TileConfig(128, 64, 8, 3)
+    assert default_tile(**of_rank(40), **masked) == TileConfig(64, 64, 4, 3, max_registers=128)
+
+
+def test_registers_are_not_capped_below_what_the_accumulators_need():
+    for rank in (96, 128, 257):
+        for tile in candidate_tiles(**of_rank(rank), sram_bytes=227 * KIB, has_mask=True):
+            assert tile.max_registers == 0 or tile.block_m * (128 + tile.block_n) <= (
+                tile.max_registers // 2 * 32 * tile.num_warps
+            )
+
+
+def test_nothing_fits_a_rank_too_large():
+    assert default_tile(**of_rank(2048), sram_bytes=227 * KIB) is None
+    assert default_tile(**of_rank(512), sram_bytes=48 * KIB) is None
+
+
+def test_a_mask_with_rows_takes_its_tile():
+    tile = TileConfig(64, 64, 4, 3)
+    without = sram_bytes_of(tile, **BERT)
+    assert sram_bytes_of(tile, **BERT, mask_bytes=4) == without + 64 * 64 * 4
+    assert sram_bytes_of(tile, **BERT, mask_bytes=1) == without + 64 * 64 * 3
+
+
+# `metadata.shared` of kernels compiled for sm_90 with triton 3.9.0, 2026-11-25.
+COMPILED = [
+    (BERT, TileConfig(64, 64, 4, 3), 24576),
+    (of_rank(40), TileConfig(64, 64, 4, 3), 49152),
+    (of_rank(64), TileConfig(128, 64, 8, 3), 49152),
+    (BERT | {"element_bytes": 4}, TileConfig(64, 64, 4, 3), 57600),
+    (of_rank(40) | {"element_bytes": 4}, TileConfig(128, 64, 8, 3), 131072),
+    (of_rank(40) | {"element_bytes": 4}, TileConfig(64, 32, 4, 2), 41216),
+]
+
+
+@pytest.mark.parametrize(("case", "tile", "compiled"), COMPILED)
+def test_predicts_at_least_what_the_compiler_takes(case, tile, compiled):
+    assert compiled <= sram_bytes_of(tile, **case) <= 1.4 * compiled
+
+
+def test_is_data_that_imports_no_triton():
+    code = (
+        "import flashsvd_compile.kernels.attention_tiles, sys; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

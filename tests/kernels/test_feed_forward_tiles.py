@@ -1,0 +1,81 @@
+"""The choice of tiles as data: what fits a budget, and what is refused."""
+
+import pytest
+from flashsvd_compile.kernels.feed_forward_tiles import (
+    MAX_ACCUMULATORS_16_BIT,
+    MAX_RESIDENT_RANK,
+    STREAMED_CHUNK,
+    accumulators_of,
+    default_tile,
+    rank_chunk,
+    rank_padded,
+    sram_bytes_of,
+)
+from flashsvd_compile.kernels.tiles import TileConfig
+
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("rank", "padded"), [(0, 16), (1, 16), (16, 16), (17, 32), (240, 256), (257, 512)]
+)
+def test_rank_padded(rank, padded):
+    assert rank_padded(rank) == padded
+
+
+@pytest.mark.parametrize(("rank", "chunk"), [(8, 16), (240, 256), (257, 64), (4096, 64)])
+def test_rank_chunk(rank, chunk):
+    assert rank_chunk(rank) == chunk
+    assert (chunk == STREAMED_CHUNK) or rank <= MAX_RESIDENT_RANK
+
+
+def test_sram_bytes_of_a_tile_read_off_a_compiled_kernel():
+    """triton 3.6.0, sm_90, bfloat16: 65536, 114688 and 196608 bytes, and the slack."""
+    for tile, rank, compiled in (
+        (TileConfig(128, 64, 8, 3), 64, 65536),
+        (TileConfig(64, 64, 4, 3), 128, 114688),
+        (TileConfig(128, 64, 8, 2), 240, 196608),
+    ):
+        ranks = {"rank_up": rank, "rank_gate": None, "rank_down": rank}
+        assert 0 <= sram_bytes_of(tile, element_bytes=2, **ranks) - compiled <= 256
+
+
+@pytest.mark.parametrize("sram_kib", [48, 64, 99, 164, 227])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("rank", [1, 16, 37, 64, 96, 128, 240, 256])
+def test_default_tile_fits(rank, gated, element_bytes, sram_kib):
+    ranks = {"rank_up": rank, "rank_gate": rank if gated else None, "rank_down": rank}
+    ranks["element_bytes"] = element_bytes
+    tile = default_tile(intermediate_size=3072, sram_bytes=sram_kib * KIB, **ranks)
+    if tile is None:
+        assert rank >= 128
+        return
+    assert sram_bytes_of(tile, **ranks) <= sram_kib * KIB
+    assert accumulators_of(tile, gated=gated, rank_down=rank) <= MAX_ACCUMULATORS_16_BIT
+
+
+def test_default_tile_is_not_wider_than_the_intermediate_size():
+    tile = default_tile(
+        rank_up=16,
+        rank_gate=None,
+        rank_down=16,
+        intermediate_size=20,
+        element_bytes=2,
+        sram_bytes=227 * KIB,
+    )
+    assert tile is not None
+    assert tile.block_n <= 32
+
+
+@pytest.mark.parametrize(("rank_down", "sram_bytes"), [(4096, 227 * KIB), (64, 4 * KIB)])
+def test_nothing_fits(rank_down, sram_bytes):
+    tile = default_tile(
+        rank_up=64,
+        rank_gate=None,
+        rank_down=rank_down,
+        intermediate_size=3072,
+        element_bytes=2,
+        sram_bytes=sram_bytes,
+    )
+    assert tile is None
