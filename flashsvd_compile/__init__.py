@@ -4,33 +4,48 @@ The public names are loaded on first use, so importing the package imports neith
 transformers.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashsvd_compile.compress.svd import compress_ as compress_
-    from flashsvd_compile.explain import Explanation as Explanation
-    from flashsvd_compile.explain import explain as explain
+    from flashsvd_compile.explanation import Explanation as Explanation
+    from flashsvd_compile.explanation import explain as explain
     from flashsvd_compile.options import Options as Options
 
 __version__ = "0.1.0"
 
 # name -> the module that defines it
 _PUBLIC = {
-    "Explanation": "explain",
+    "Explanation": "explanation",
     "Options": "options",
     "compress_": "compress.svd",
-    "explain": "explain",
+    "explain": "explanation",
 }
 
 __all__ = ["Explanation", "Options", "compress_", "explain"]
 
-# In a source tree kernels/ and lowering/ stand beside this package; an installed wheel has them
-# inside it. Only a tree that has both is taken for a source tree.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "kernels").is_dir() and (_root / "lowering").is_dir():
-    __path__.append(str(_root))
+
+def _adopt_rooms(root: Path) -> None:
+    """In a source tree kernels/ and lowering/ stand beside this package: make them its own.
+
+    A wheel has them inside. The root itself must not enter ``__path__``: this package would be
+    found below itself, again and again, by whoever walks it (``TORCH_LOGS`` does).
+    """
+    rooms = [root / "kernels", root / "lowering"]
+    if not all(room.is_dir() for room in rooms):
+        return
+    for room in rooms:
+        spec = ModuleSpec(f"{__name__}.{room.name}", None, is_package=True)
+        spec.submodule_search_locations = [str(room)]
+        sys.modules[spec.name] = globals()[room.name] = module_from_spec(spec)
+
+
+_adopt_rooms(Path(__file__).resolve().parent.parent)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,73 @@
+"""The torch.compile entry point: ``torch.compile(model, backend="flashsvd")``."""
+
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashsvd_compile.fingerprint import fingerprint
+from flashsvd_compile.options import Options
+from flashsvd_compile.pipeline import Rewritten, rewrite
+from flashsvd_compile.report import dump, site_reports, site_table, summary
+
+log = logging.getLogger(__name__)
+
+
+def flashsvd(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite low-rank attention and feed-forwards in ``gm``, then compile it.
+
+    ``mode`` and ``options`` are those of ``torch.compile``; see :class:`Options`. If a pass fails,
+    the untouched graph is compiled and a warning says what to report.
+
+    Raises OptionsError for an unknown option, value or mode.
+    """
+    parsed = Options.parse(options, mode)
+    try:
+        rewritten = rewrite(gm, example_inputs, parsed)
+    except Exception:
+        log.warning(
+            "flashsvd left a graph as it was, because a pass failed. Results are right, but "
+            "nothing was fused. Please report this:\n%s",
+            traceback.format_exc(),
+        )
+        return _compile(gm, example_inputs, parsed)
+    _tell(rewritten, parsed)
+    return _compile(rewritten.module, example_inputs, parsed)
+
+
+def _tell(rewritten: Rewritten, options: Options) -> None:
+    sites = site_reports(rewritten)
+    passes = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rewritten.seconds.items())
+    log.info("%s (%s)", summary(sites), passes)
+    log.debug("sites\n%s", site_table(sites))
+    log.debug("graph before\n%s", rewritten.before)
+    log.debug("graph after\n%s", rewritten.after)
+    if options.debug_dir is not None:
+        dump(options.debug_dir, rewritten)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(example_inputs))
+    patches = dict(options.inductor)
+    # The one entry of Inductor's cache key that takes free text.
+    marked = dict(patches.get("unsafe_marked_cacheable_functions", {}))
+    marked["flashsvd_compile"] = fingerprint(options)
+    patches["unsafe_marked_cacheable_functions"] = marked
+    # What torch.compile(backend="inductor") builds: it also readies CUPTI for CUDA graphs.
+    return torch._TorchCompileInductorWrapper(None, patches, None)(gm, list(example_inputs))

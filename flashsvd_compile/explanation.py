@@ -1,0 +1,115 @@
+"""``explain``: what the backend would do to a model, without compiling anything."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import fx, nn
+
+from flashsvd_compile.options import Options
+from flashsvd_compile.pipeline import Rewritten, rewrite
+from flashsvd_compile.report import SiteReport, site_reports, site_table, summary
+
+
+@dataclass(frozen=True)
+class GraphPair:
+    """The code of one traced graph, normalised and then rewritten."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every site of every graph that the model was traced into.
+
+    ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
+    before and after, one pair for each graph. ``str()`` is the table.
+    """
+
+    sites: tuple[SiteReport, ...]
+    graphs: tuple[GraphPair, ...]
+    seconds: tuple[Mapping[str, float], ...]
+
+    def __str__(self) -> str:
+        graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
+        passes = sum(sum(laps.values()) for laps in self.seconds)
+        return (
+            f"{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
+            f"{site_table(self.sites)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-ready values."""
+        return {
+            "sites": [site.to_dict() for site in self.sites],
+            "graphs": [{"before": g.before, "after": g.after} for g in self.graphs],
+            "seconds": [dict(laps) for laps in self.seconds],
+        }
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | Options | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Trace ``model(*args, **kwargs)`` and tell what the backend would do with each site.
+
+    The model runs once, eagerly and as it is; nothing is compiled. ``options`` are those of the
+    backend. A compiled model is explained as the model inside it, at the sizes given. What has
+    been compiled of it stays, and what will be compiled does not change.
+
+    Raises OptionsError for bad options, and whatever the model or a pass raises.
+    """
+    parsed = Options.parse(options)
+    found: list[Rewritten] = []
+    errors: list[Exception] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            found.append(rewrite(gm, example_inputs, parsed))
+        except Exception as error:  # Dynamo would wrap it, or suppress it
+            errors.append(error)
+        return gm.forward
+
+    with _apart_from_other_compiles() as apart:
+        torch.compile(_inner(model), backend=collect, **apart)(*args, **kwargs)
+    if errors:
+        raise errors[0]
+    return Explanation(
+        tuple(site for r in found for site in site_reports(r)),
+        tuple(GraphPair(r.before, r.after) for r in found),
+        tuple(r.seconds for r in found),
+    )
+
+
+def _inner(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What was given to ``torch.compile``, whether by function, decorator or ``Module.compile``."""
+    inner = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    if isinstance(inner, nn.Module) and inner._compiled_call_impl is not None:
+        return inner._call_impl
+    return inner
+
+
+@contextmanager
+def _apart_from_other_compiles() -> Iterator[dict[str, Any]]:
+    """Arguments of ``torch.compile`` and a setting under which no one sees that it has run.
+
+    Dynamo counts compiled entries by code object, and remembers sizes for automatic dynamic
+    shapes: neither may reach the model's own compiles. Torch 2.11 knows no separate count; there
+    an explanation takes one of the ``recompile_limit`` entries of the model's code.
+    """
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    settings: dict[str, Any] = {
+        "automatic_dynamic_shapes": False,
+        "recompile_limit": sys.maxsize,
+        "accumulated_recompile_limit": sys.maxsize,
+    }
+    with torch._dynamo.config.patch(settings):
+        yield {"isolate_recompiles": True} if isolated else {}

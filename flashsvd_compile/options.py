@@ -1,0 +1,142 @@
+"""What a user may ask of the backend: parsed once, checked, and frozen."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+ATTENTION_LOWERINGS = ("auto", "rank_space", "unfused")
+FEED_FORWARD_LOWERINGS = ("auto", "streamed", "row_blocks", "unfused")
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+          "KB": 10**3, "MB": 10**6, "GB": 10**9}  # fmt: skip
+
+
+class OptionsError(RuntimeError):
+    """An option that does not exist or a value that it does not take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="flashsvd", options={...})``.
+
+    ``compiler``: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"`` (autograd
+    tracing only) or ``"eager"`` (the graph as it is; for tests and debugging).
+    ``attention``, ``feed_forward``: ``"auto"`` lets the planner choose; a name forces that
+    lowering wherever it is legal.
+    ``sram_budget``: bytes of shared memory that one block may use, as a number or ``"99KiB"``;
+    the device's own limit by default.
+    ``debug_dir``: a directory that gets every graph before and after, the sites as JSON and the
+    report as text.
+    ``inductor``: every other option is Inductor's own and is passed through. As in torch, a dash
+    in a name is an underscore.
+    """
+
+    compiler: str = "inductor"
+    attention: str = "auto"
+    feed_forward: str = "auto"
+    sram_budget: int | None = None
+    debug_dir: Path | None = None
+    inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def parse(
+        cls, options: "Mapping[str, Any] | Options | None" = None, mode: str | None = None
+    ) -> "Options":
+        """Options from what ``torch.compile`` was given.
+
+        Raises OptionsError for a name that neither this backend nor Inductor knows, for a value
+        that an option does not take and for an unknown mode; the message names the nearest right
+        spelling.
+        """
+        if isinstance(options, Options):
+            return options
+        given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+        own = {f.name for f in fields(cls)} - {"inductor"}
+        known = {name: _VALIDATE[name](name, given.pop(name)) for name in sorted(own & set(given))}
+        patches = _mode_patches(mode) | _inductor_patches(given, own)
+        return cls(**known, inductor=MappingProxyType(patches))
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode not in modes and mode != "default":
+        raise OptionsError(_unknown("mode", mode, [*modes, "default"]))
+    return dict(modes.get(mode, {}))
+
+
+def _inductor_patches(given: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    if not given:
+        return {}
+    from torch._inductor import list_options
+
+    known = list_options()
+    for name in given:
+        if name not in known:
+            raise OptionsError(_unknown("option", name, [*sorted(own), *sorted(known)]))
+    try:
+        return torch._TorchCompileInductorWrapper(None, given, None).config
+    except RuntimeError as error:  # a value of the wrong type
+        raise OptionsError(str(error)) from error
+
+
+def _unknown(what: str, name: object, allowed: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0)
+    listed = ", ".join(allowed) if len(allowed) <= 12 else "this backend's own and Inductor's"
+    return f"unknown {what} {name!r}; the nearest is {nearest[0]!r} (allowed: {listed})"
+
+
+def _one_of(allowed: tuple[str, ...]) -> Any:
+    def validate(name: str, value: Any) -> str:
+        if value not in allowed:
+            raise OptionsError(_unknown(f"value of {name}", value, list(allowed)))
+        return value
+
+    return validate
+
+
+def parse_bytes(name: str, value: Any) -> int | None:
+    """``101376``, ``"99KiB"`` or ``"1.5 MiB"`` as bytes; None stays None.
+
+    Raises OptionsError for anything else, for a unit that does not exist, and for less than one.
+    """
+    if value is None:
+        return None
+    number, unit = value, ""
+    if isinstance(value, str):
+        digits = value.strip()
+        unit = digits.lstrip("0123456789.").strip()
+        number = digits[: len(digits) - len(unit)].strip() if unit else digits
+        if unit.upper() not in _UNITS:
+            nearest = difflib.get_close_matches(unit.upper(), [*_UNITS][1:], n=1, cutoff=0)[0]
+            raise OptionsError(f"{name}={value!r}: no unit {unit!r}; the nearest is {nearest!r}")
+    try:
+        size = int(float(number) * _UNITS[unit.upper()])
+    except (TypeError, ValueError) as error:
+        raise OptionsError(f'{name}={value!r} is no size: a number of bytes or "99KiB"') from error
+    if isinstance(value, bool) or size <= 0:
+        raise OptionsError(f"{name}={value!r}: at least one byte is needed")
+    return size
+
+
+def _directory(name: str, value: Any) -> Path | None:
+    if value is None or isinstance(value, (str, Path)):
+        return None if value is None else Path(value)
+    raise OptionsError(f"{name}={value!r}: a path is needed")
+
+
+_VALIDATE: dict[str, Any] = {
+    "compiler": _one_of(COMPILERS),
+    "attention": _one_of(ATTENTION_LOWERINGS),
+    "feed_forward": _one_of(FEED_FORWARD_LOWERINGS),
+    "sram_budget": parse_bytes,
+    "debug_dir": _directory,
+}

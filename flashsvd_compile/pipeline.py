@@ -1,0 +1,117 @@
+"""The compiler's table of contents: from Dynamo's graph to the rewritten one."""
+
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashsvd_compile.analysis.calls import aten, is_aten, overload, value
+from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.analysis.sites import AttentionSite, FeedForwardSite, Skip, find_sites
+from flashsvd_compile.analysis.sweep import sweep
+from flashsvd_compile.lowering.attention import lower_attention
+from flashsvd_compile.lowering.builder import Builder
+from flashsvd_compile.lowering.einsum import split_einsums
+from flashsvd_compile.lowering.feed_forward import lower_row_blocks, lower_streamed
+from flashsvd_compile.lowering.in_place import free_in_place
+from flashsvd_compile.lowering.strides import settle_strides
+from flashsvd_compile.normalize import normalize
+from flashsvd_compile.options import Options
+from flashsvd_compile.planner.cost import size_hints
+from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.plan import Plan, plan_site
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph and the story of how it came about."""
+
+    module: fx.GraphModule
+    before: str
+    after: str
+    plans: tuple[Plan, ...]
+    skips: tuple[Skip, ...]
+    seconds: dict[str, float]
+
+
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Rewritten:
+    """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was."""
+    clock = _Clock()
+    module = normalize(gm, example_inputs)
+    free_in_place(module.graph)
+    split_einsums(module.graph)
+    _erase_dead(module.graph)
+    before = _code(module)
+    clock.lap("normalize")
+
+    facts = sweep(module.graph)
+    sites, skips = find_sites(facts, module.graph)
+    clock.lap("analysis")
+
+    hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
+    plans = tuple(plan_site(s, device_for(s.device), options, hints) for s in sites)
+    clock.lap("plan")
+
+    replaced = dict(_lower(plan, facts) for plan in plans if plan.lowering != "unfused")
+    settle_strides(module.graph, replaced, facts.mutated)
+    _erase_dead(module.graph)
+    module.graph.lint()
+    module.recompile()
+    clock.lap("rewrite")
+    return Rewritten(module, before, _code(module), plans, tuple(skips), clock.laps)
+
+
+def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
+    """Put the plan's lowering in the place of the site's result; returns the new and the old."""
+    site = plan.site
+    builder = Builder(site.node, facts.space)
+    if isinstance(site, AttentionSite):
+        result = lower_attention(site, builder, plan.tile)
+    elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
+        result = lower_streamed(site, builder, list(plan.tile))
+    elif isinstance(site, FeedForwardSite):
+        result = lower_row_blocks(site, builder, plan.block_rows)
+    else:
+        raise AssertionError(f"no lowering {plan.lowering} for a {site.kind}")
+    old = value(site.node)
+    site.node.replace_all_uses_with(result)
+    site.node.graph.erase_node(site.node)
+    return result, old
+
+
+def _erase_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads and what changes nothing: no mutation, no random numbers."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op == "call_function" and _is_pure(node):
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    if not (is_aten(node) or getattr(node.target, "namespace", "") == "flashsvd"):
+        return False
+    op = overload(node)
+    seeded = torch.Tag.nondeterministic_seeded in op.tags
+    harmless = op.overloadpacket is aten.dropout and not node.args[2]
+    return not op._schema.is_mutable and (not seeded or harmless)
+
+
+def _code(module: fx.GraphModule) -> str:
+    return module.graph.python_code("self").src
+
+
+class _Clock:
+    """Seconds of each pass."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

@@ -1,0 +1,115 @@
+"""Time and bytes of each way to run a site, from counted operations and a device's rates.
+
+Library operators and streaming kernels are judged by the same formula, so that what differs is
+what they do: how wide the attention runs, what is lifted where, and what reaches memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.sites import Arm, AttentionSite, FeedForwardSite
+from flashsvd_compile.kernels.feed_forward_tiles import (
+    STREAMED_FASTEST_UP_TO_RANK,
+    STREAMED_FASTEST_UP_TO_RANK_GATED,
+)
+from flashsvd_compile.planner.device import Device
+
+# The size that an unbounded symbol is judged at when no example size is known.
+UNKNOWN_SIZE = 4096
+
+# Below this an intermediate stays in a CPU's second-level cache between its two matmuls.
+CACHED_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``seconds`` at the example sizes; ``transient_bytes`` a formula of the graph's symbols."""
+
+    seconds: float
+    transient_bytes: Size
+
+
+def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> Cost:
+    """The site with each arm as it stands: absorbed where it has a factor, else lifted before.
+
+    An attention over all-dense arms is the unfused one: SDPA.
+    """
+    heads, element = site.num_heads, site.dtype.itemsize
+    batch, rows, keys = (volume(g) for g in (site.batch, site.rows, site.keys))
+    query, key, value = site.query, site.key, site.value
+    pairs = batch * heads * rows * keys
+    macs = pairs * (_padded(key, device) + _padded(value, device))
+    seconds = _at(macs, hints) / device.macs_per_s[_class(element)]
+    seconds += _at(pairs, hints) / device.exps_per_s
+    transient: Size = sympy.Integer(0)
+    for arm, count in ((query, rows), (key, keys), (value, keys)):
+        lifted = batch * heads * count * arm.width_size
+        if arm.factor is not None and arm is not key:
+            work = lifted * arm.rank_size
+            seconds += _at(work, hints) / device.macs_per_s[_class(element)]
+        if arm is query and key.factor is not None:
+            work = batch * heads * rows * key.width_size * key.rank_size
+            seconds += _at(work, hints) / device.macs_per_s[_class(element)]
+        if arm.factor is None:
+            seconds += 2 * _at(lifted, hints) * element / device.bytes_per_s
+            transient += lifted * element
+    return Cost(seconds + device.launch_s, transient)
+
+
+def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> float:
+    """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
+    count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
+    work = _at(count * arm.rank_size, hints) / device.macs_per_s[_class(site.dtype.itemsize)]
+    return work + device.launch_s
+
+
+def cheapest_feed_forward(
+    site: FeedForwardSite, device: Device, hints: Mapping[Size, int], names: Sequence[str]
+) -> str:
+    """The fastest of ``names``.
+
+    On a CPU blocks that stay in cache beat an intermediate that does not. On a GPU the ranks up to
+    which a stream wins were measured; row blocks save memory there, not time.
+    """
+    tokens, width = _at(volume(site.tokens), hints), int(volume(site.width))
+    intermediate = tokens * width * site.dtype.itemsize
+    if device.type != "cuda":
+        return "row_blocks" if intermediate > CACHED_BYTES else "unfused"
+    ranks = [site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0]
+    fastest_up_to = STREAMED_FASTEST_UP_TO_RANK_GATED if site.gate else STREAMED_FASTEST_UP_TO_RANK
+    if "streamed" in names and site.dtype.itemsize == 2 and max(ranks) <= fastest_up_to:
+        return "streamed"
+    return "unfused"
+
+
+def feed_forward_bytes(site: FeedForwardSite) -> Size:
+    """What the unfused feed-forward holds: the intermediate before and after its activation."""
+    copies = 2 if site.gate is None else 3
+    return volume(site.tokens) * volume(site.width) * site.dtype.itemsize * copies
+
+
+def _padded(arm: Arm, device: Device) -> int:
+    """The width that attention runs an arm at; kernels run ranks in pieces of at least 16."""
+    return arm.rank_size if device.type == "cpu" else max(16, -(-arm.rank_size // 16) * 16)
+
+
+def _class(element_bytes: int) -> int:
+    return 2 if element_bytes <= 2 else 4
+
+
+def _at(size: Size, hints: Mapping[Size, int]) -> float:
+    size = sympy.sympify(size)
+    return float(size.subs({s: hints.get(s, UNKNOWN_SIZE) for s in size.free_symbols}))
+
+
+def size_hints(values: list[object]) -> dict[Size, int]:
+    """Example values of the symbols in traced sizes; reads hints, asks for no guard."""
+    hints: dict[Size, int] = {}
+    for value in values:
+        if isinstance(value, torch.SymInt) and value.node.hint is not None:
+            hints[value.node.expr] = int(value.node.hint)
+    return hints

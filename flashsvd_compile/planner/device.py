@@ -1,0 +1,57 @@
+"""What the planner knows about a device: on-chip memory and a few measured rates."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates are what large library operators reach, not what a datasheet promises.
+
+    ``sram_bytes``: shared memory that one block may use (0 where no kernel is launched).
+    ``macs_per_s``: multiply-adds a second of a large matmul, by bytes an element.
+    ``exps_per_s``: softmax elements a second. ``bytes_per_s``: copy, read plus written.
+    ``launch_s``: the least time of one operator.
+    """
+
+    name: str
+    type: str
+    sram_bytes: int
+    macs_per_s: dict[int, float]
+    exps_per_s: float
+    bytes_per_s: float
+    launch_s: float
+
+
+# One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured; half of
+# the matmul rate is what attention kernels reach. 16 exponentials a clock and SM at 1.7 GHz.
+_HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
+_HOPPER_MULTIPROCESSORS = 132
+_HOPPER_BYTES = 3.0e12
+_EXPS_A_CLOCK = 16
+_CLOCK = 1.7e9
+
+# Two cores of a Xeon with AVX-512, torch 2.13: fp32 1024³ matmul, exp and copy through L3.
+_CPU_MACS = {2: 4.0e10, 4: 5.0e10}
+
+
+@cache
+def device_for(device: torch.device) -> Device:
+    """The rates of ``device``; an unknown kind of GPU is scaled by its multiprocessors."""
+    if device.type != "cuda":
+        cores = torch.get_num_threads() / 2
+        macs = {size: rate * cores for size, rate in _CPU_MACS.items()}
+        return Device("cpu", device.type, 0, macs, 4.0e8 * cores, 1.5e10, 5e-6)
+    properties = torch.cuda.get_device_properties(device)
+    share = properties.multi_processor_count / _HOPPER_MULTIPROCESSORS
+    return Device(
+        properties.name,
+        "cuda",
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        {size: rate * share for size, rate in _HOPPER_MACS.items()},
+        _EXPS_A_CLOCK * properties.multi_processor_count * _CLOCK,
+        _HOPPER_BYTES * share,
+        4e-6,
+    )

@@ -1,0 +1,199 @@
+"""For each site the cheapest legal lowering. ``unfused`` always competes."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import sympy
+
+from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.sites import AttentionSite, FeedForwardSite, Site
+from flashsvd_compile.kernels import attention_tiles, feed_forward_blocks, feed_forward_tiles
+from flashsvd_compile.options import Options
+from flashsvd_compile.planner import cost
+from flashsvd_compile.planner.device import Device
+from flashsvd_compile.reason import Code, Reason, reason_at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a site will run.
+
+    ``site`` may differ from the one found: arms that are cheaper lifted are dense in it.
+    ``tile`` (block_m, block_n, num_warps, num_stages) or ``block_rows`` where the lowering has
+    them. ``transient_bytes`` is what the site will hold at full width, ``unfused_bytes`` what it
+    held; formulas of the graph's symbols.
+    """
+
+    site: Site
+    lowering: str
+    reason: Reason
+    transient_bytes: Size = sympy.S.Zero
+    unfused_bytes: Size = sympy.S.Zero
+    tile: tuple[int, ...] = ()
+    block_rows: int = 0
+    sram_bytes: int = 0
+
+
+def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size, int]) -> Plan:
+    """The plan of one site; ``hints`` are example values of symbolic sizes."""
+    if isinstance(site, AttentionSite):
+        return _plan_attention(site, device, options, hints)
+    if isinstance(site, FeedForwardSite):
+        return _plan_feed_forward(site, device, options, hints)
+    reason = reason_at(site.node, Code.NO_FUSED_LOWERING, "library matmuls keep the latent small")
+    return Plan(site, "unfused", reason)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def _plan_attention(
+    site: AttentionSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan:
+    """Each operand may be absorbed or lifted before: every combination competes with SDPA."""
+    unfused = _all_dense(site)
+    lifts = {
+        name: cost.lift_cost(arm, site, device, hints)
+        for name, arm in site.arms.items()
+        if arm.factor is not None
+    }
+    base = cost.attention_cost(unfused, device, hints)
+    best = Plan(site, "unfused", _lost(site, "rank_space"), unfused_bytes=base.transient_bytes)
+    best_seconds = base.seconds + sum(lifts.values())
+    if options.attention == "unfused":
+        return replace(best, reason=reason_at(site.node, Code.FORCED, "attention='unfused'"))
+    if device.type == "cuda" and site.dtype.itemsize == 4 and options.attention == "auto":
+        return replace(best, reason=_not_measured(site))
+    if options.attention == "rank_space":
+        best_seconds = float("inf")
+    why_not: Reason | None = None
+    for names in _subsets(list(lifts)):
+        candidate = _dense_but(site, names)
+        tile, sram, problem = _attention_tile(candidate, device, options)
+        if problem is not None:
+            why_not = problem
+            continue
+        found = cost.attention_cost(candidate, device, hints)
+        seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
+        if seconds < best_seconds:
+            best_seconds = seconds
+            reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")
+            best = Plan(candidate, "rank_space", reason, found.transient_bytes,
+                        base.transient_bytes, tile, sram_bytes=sram)  # fmt: skip
+    if best.lowering == "unfused" and why_not is not None:
+        return replace(best, reason=why_not)
+    return best
+
+
+def _subsets(names: list[str]) -> list[tuple[str, ...]]:
+    return [c for size in range(len(names), 0, -1) for c in combinations(names, size)]
+
+
+def _dense_but(site: AttentionSite, names: tuple[str, ...]) -> AttentionSite:
+    """The site with only the named arms absorbed; the others are lifted before it."""
+    why = reason_at(site.node, Code.NOT_PROFITABLE, "cheaper lifted before", "a smaller rank")
+    arms = {
+        name: arm if name in names or arm.factor is None else arm.as_dense(why)
+        for name, arm in site.arms.items()
+    }
+    return replace(site, query=arms["q"], key=arms["k"], value=arms["v"])
+
+
+def _all_dense(site: AttentionSite) -> AttentionSite:
+    return _dense_but(site, ())
+
+
+def _attention_tile(
+    site: AttentionSite, device: Device, options: Options
+) -> tuple[tuple[int, ...], int, Reason | None]:
+    if device.type != "cuda":
+        return (), 0, None
+    query, key, value = site.query, site.key, site.value
+    shape: dict[str, Any] = {
+        "head_dim_qk": query.width_size,
+        "head_dim_v": value.width_size,
+        "rank_q": query.rank_size,
+        "rank_k": key.rank_size,
+        "rank_v": value.rank_size,
+        "q_lifted": query.factor is not None,
+        "v_lifted": value.factor is not None,
+        "element_bytes": site.dtype.itemsize,
+    }
+    sram = _sram(device, options)
+    tile = attention_tiles.default_tile(**shape, sram_bytes=sram, has_mask=bool(site.masks))
+    if tile is None:
+        ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
+        return (), 0, reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    return astuple(tile), attention_tiles.sram_bytes_of(tile, **shape), None
+
+
+# ---- feed-forward -------------------------------------------------------------------------------
+
+
+def _plan_feed_forward(
+    site: FeedForwardSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan:
+    base = cost.feed_forward_bytes(site)
+    unfused = Plan(site, "unfused", _lost(site, "streamed and row_blocks"), base, base)
+    streamed = _streamed(site, device, options)
+    legal = {"row_blocks": _row_blocks(site), "unfused": unfused}
+    if isinstance(streamed, Plan):
+        legal["streamed"] = streamed
+    if (forced := options.feed_forward) == "auto":
+        plan = legal[cost.cheapest_feed_forward(site, device, hints, list(legal))]
+        reason = plan.reason
+    elif forced in legal:
+        plan, reason = legal[forced], reason_at(site.node, Code.FORCED, f"feed_forward={forced!r}")
+    else:
+        assert isinstance(streamed, Reason)
+        plan, reason = unfused, streamed
+    return replace(plan, reason=reason, unfused_bytes=base)
+
+
+def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:
+    if device.type != "cuda":
+        return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    shape: dict[str, Any] = {
+        "rank_up": site.up.rank_size,
+        "rank_gate": site.gate.rank_size if site.gate else None,
+        "rank_down": int(volume(site.out)),
+        "element_bytes": site.dtype.itemsize,
+    }
+    sram = _sram(device, options)
+    width = int(volume(site.width))
+    tile = feed_forward_tiles.default_tile(**shape, intermediate_size=width, sram_bytes=sram)
+    if tile is None:
+        ranks = f"ranks {shape['rank_up']} in, {shape['rank_down']} out"
+        return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    reason = reason_at(site.node, Code.PLANNED, "the intermediate stays on chip")
+    used = feed_forward_tiles.sram_bytes_of(tile, **shape)
+    return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
+
+
+def _row_blocks(site: FeedForwardSite) -> Plan:
+    width, element = int(volume(site.width)), site.dtype.itemsize
+    rows = feed_forward_blocks.default_block_rows(
+        intermediate_size=width,
+        rank_down=int(volume(site.out)),
+        element_bytes=element,
+        gated=site.gate is not None,
+        device=site.device,
+    )
+    held = sympy.Min(rows, volume(site.tokens)) * width * element * (1 if site.gate is None else 2)
+    reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
+    return Plan(site, "row_blocks", reason, held, block_rows=rows)
+
+
+def _not_measured(site: Site) -> Reason:
+    """Exact float32 has no tensor cores; library kernels stay until measured otherwise."""
+    return reason_at(site.node, Code.NOT_PROFITABLE, "float32 on a GPU", "bfloat16 or float16")
+
+
+def _lost(site: Site, rivals: str) -> Reason:
+    return reason_at(site.node, Code.NOT_PROFITABLE, f"{rivals} would be slower here")
+
+
+def _sram(device: Device, options: Options) -> int:
+    return min(options.sram_budget or device.sram_bytes, device.sram_bytes)

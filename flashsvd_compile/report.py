@@ -1,0 +1,131 @@
+"""What was found and decided in a graph: as rows, as a table, as JSON, as files."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from flashsvd_compile.analysis.sites import (
+    AttentionSite,
+    ChainSite,
+    FeedForwardSite,
+    Site,
+)
+from flashsvd_compile.pipeline import Rewritten
+from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.reason import Reason
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site or near-miss.
+
+    ``kind``: ``"attention"``, ``"feed_forward"`` or ``"chain"``. ``where``: the module path.
+    ``lowering``: its name, or None for a near-miss. ``plan``: None for a near-miss.
+    """
+
+    kind: str
+    where: str
+    lowering: str | None
+    reason: Reason
+    plan: Plan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "where": self.where,
+            "lowering": self.lowering,
+            "reason": self.reason.to_dict(),
+            "plan": None if self.plan is None else _plan_dict(self.plan),
+        }
+
+
+def site_reports(rewritten: Rewritten) -> tuple[SiteReport, ...]:
+    """Sites in graph order, then near-misses."""
+    planned = [
+        SiteReport(p.site.kind, p.site.where, p.lowering, p.reason, p) for p in rewritten.plans
+    ]
+    skipped = [SiteReport(s.kind, s.where, None, s.reason) for s in rewritten.skips]
+    return (*planned, *skipped)
+
+
+def site_table(sites: Sequence[SiteReport]) -> str:
+    """One line a site."""
+    rows = [
+        (s.kind, s.where or "-", s.lowering or "skipped", _ranks(s.plan), _bytes(s.plan), s.reason)
+        for s in sites
+    ]
+    headers = ["kind", "where", "lowering", "ranks", "full-width bytes", "reason"]
+    return tabulate(rows, headers) if rows else "no sites"
+
+
+def summary(sites: Sequence[SiteReport]) -> str:
+    """``12 attention rank_space, 12 feed_forward streamed, 1 attention skipped``."""
+    counts: dict[str, int] = {}
+    for site in sites:
+        name = f"{site.kind} {site.lowering or 'skipped'}"
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "no sites"
+
+
+def _ranks(plan: Plan | None) -> str:
+    return "" if plan is None else ", ".join(f"{k} {v}" for k, v in ranks(plan.site).items())
+
+
+def ranks(site: Site) -> dict[str, str]:
+    """The rank of each low-rank input, and ``dense`` for the others."""
+    if isinstance(site, AttentionSite):
+        return {name: str(arm.rank_size) if arm.factor else "dense"
+                for name, arm in site.arms.items()}  # fmt: skip
+    if isinstance(site, FeedForwardSite):
+        arms = {"up": site.up} | ({"gate": site.gate} if site.gate else {})
+        found = {name: str(arm.rank_size) for name, arm in arms.items()}
+        return found | {"down": "·".join(str(atom.size) for atom in site.out)}
+    return {"r": str(site.rank)} if isinstance(site, ChainSite) else {}
+
+
+def _bytes(plan: Plan | None) -> str:
+    if plan is None or plan.lowering == "unfused":
+        return ""
+    return f"{plan.transient_bytes} of {plan.unfused_bytes}"
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "lowering": plan.lowering,
+        "ranks": ranks(plan.site),
+        "tile": list(plan.tile),
+        "block_rows": plan.block_rows,
+        "sram_bytes": plan.sram_bytes,
+        "transient_bytes": str(plan.transient_bytes),
+        "unfused_bytes": str(plan.unfused_bytes),
+    }
+
+
+def dump(directory: Path, rewritten: Rewritten) -> None:
+    """Write the graph before and after, the sites as JSON and the report as text.
+
+    Files are named ``graph_K_...`` with the first K that is free, and appear whole or not at all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    index = next(k for k in range(10**6) if not (directory / f"graph_{k}_report.txt").exists())
+    sites = site_reports(rewritten)
+    record = {"sites": [s.to_dict() for s in sites], "seconds": rewritten.seconds}
+    contents = {
+        "before.py": rewritten.before,
+        "after.py": rewritten.after,
+        "sites.json": json.dumps(record, indent=2),
+        "report.txt": f"{summary(sites)}\n\n{site_table(sites)}\n",
+    }
+    for name, text in contents.items():
+        _write(directory / f"graph_{index}_{name}", text)
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)

@@ -1,0 +1,161 @@
+"""Attention sites → ``flashsvd::rank_space_attention``.
+
+    before   q = view(linear(pq, vq, bq)); k = ..; v = ..; sdpa(q, k, v, mask)
+    after    rank_space_attention(pq, pk, pv, vq, bq, vk, vv, bv, mask)
+
+pq, pk, pv are the latents as they stand in the graph, seen as [B, H_x, rows, rank]; the lifts that
+nothing reads any more disappear. An operand that the plan keeps dense is passed as it is.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from flashsvd_compile.lowering import ops
+from flashsvd_compile.lowering.builder import Builder
+from torch import fx
+
+from flashsvd_compile.analysis.attention_facts import ScoreMask
+from flashsvd_compile.analysis.axes import Dim, volume
+from flashsvd_compile.analysis.calls import aten, value
+from flashsvd_compile.analysis.factored import Labelled
+from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
+from flashsvd_compile.analysis.sites import Arm, AttentionSite
+
+
+def lower_attention(site: AttentionSite, builder: Builder, tile: Sequence[int]) -> fx.Node:
+    """Write the site in rank space; returns the node that stands for ``site.node``."""
+    query, key, val = site.query, site.key, site.value
+    mask = _mask(site, builder)
+    scale = site.scale * query.scale * key.scale
+    result = builder.call(
+        ops.rank_space_attention,
+        _latent(site, builder, query),
+        _latent(site, builder, key),
+        _latent(site, builder, val),
+        _factor(site, builder, query),
+        _bias(site, builder, query),
+        _factor(site, builder, key),
+        _factor(site, builder, val),
+        _bias(site, builder, val),
+        mask.tensor,
+        _bias(site, builder, key) if torch.is_grad_enabled() else None,
+        num_heads=site.num_heads,
+        is_causal=site.is_causal or mask.is_causal,
+        scale=scale,
+        tile=list(tile),
+    )
+    result = builder.times(result, val.scale)
+    labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))
+    return builder.arrange(labelled, site.out_dims)
+
+
+def _heads(builder: Builder, arm: Arm, tensor: Labelled) -> Dim:
+    """The leading heads along which ``tensor`` varies."""
+    atoms = set(tensor.atoms(builder.space))
+    return tuple(atom for atom in arm.heads if atom in atoms)
+
+
+def _latent(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node:
+    heads = _heads(builder, arm, arm.latent)
+    node = builder.arrange(arm.latent, [arm.batch, heads, arm.rows, arm.rank])
+    return builder.cast(node, site.dtype)
+
+
+def _factor(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
+    if arm.factor is None:
+        return None
+    heads = _heads(builder, arm, arm.factor)
+    return builder.cast(builder.arrange(arm.factor, [heads, arm.width, arm.rank]), site.dtype)
+
+
+def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
+    """The sum of biases, relative to the arm's scale (which the site's scale has taken in)."""
+    total: fx.Node | None = None
+    for bias in arm.biases:
+        heads = _heads(builder, arm, bias.tensor)
+        node = builder.cast(builder.arrange(bias.tensor, [heads, arm.width]), site.dtype)
+        node = builder.times(node, bias.scale / arm.scale)
+        total = node if total is None else builder.call(aten.add.Tensor, total, node)
+    return total
+
+
+# ---- masks --------------------------------------------------------------------------------------
+
+
+class _Masks:
+    """The site's masks as at most one tensor and the causal flag."""
+
+    def __init__(self, tensor: fx.Node | None, is_causal: bool) -> None:
+        self.tensor = tensor
+        self.is_causal = is_causal
+
+
+def _mask(site: AttentionSite, builder: Builder) -> _Masks:
+    found = [_analysed(site, builder, mask) for mask in site.masks]
+    terms = [(term, _narrowed(builder, term)) for mask in found for term in mask.terms]
+    attends = [node for term, node in terms if not term.additive]
+    added = [node for term, node in terms if term.additive]
+    allowed = _fold(builder, aten.logical_and.default, attends)
+    total = _fold(builder, aten.add.Tensor, added)
+    if allowed is not None and total is not None:
+        total = builder.call(aten.where.ScalarOther, allowed, total, -math.inf)
+        allowed = None
+    return _Masks(allowed or total, any(mask.is_causal for mask in found))
+
+
+def _fold(builder: Builder, combine: torch._ops.OpOverload, nodes: list[fx.Node]) -> fx.Node | None:
+    if not nodes:
+        return None
+    result, *rest = nodes
+    for node in rest:
+        result = builder.call(combine, result, node)
+    return result
+
+
+def _analysed(site: AttentionSite, builder: Builder, mask: ScoreMask) -> Mask:
+    groups = (site.batch, site.heads, site.rows, site.keys)
+    node = _as_attention_mask(site, builder, mask)
+    labels = tuple(builder.space.leaves(dim) for dim in mask.dims)
+    expected = groups[4 - len(labels) :] if len(labels) <= 4 else ()
+    if len(labels) > 4 or any(a not in ((), e) for a, e in zip(labels, expected, strict=True)):
+        node = builder.arrange(Labelled((node,), mask.dims), _present(builder, mask, groups))
+    sizes = [builder.traced_size(volume(group)) for group in groups]
+    return analyse_mask(node, sizes)
+
+
+def _present(builder: Builder, mask: ScoreMask, groups: Sequence[Dim]) -> list[Dim]:
+    """Of each group all atoms if the mask has any of them (missing ones repeated), else none."""
+    atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
+    return [group if atoms & set(group) else () for group in groups]
+
+
+def _as_attention_mask(site: AttentionSite, builder: Builder, mask: ScoreMask) -> fx.Node:
+    """As scaled_dot_product_attention takes it: True attends, or floating and added."""
+    if mask.fill is None:
+        return mask.node
+    attends = mask.node
+    if value(attends).dtype != torch.bool:
+        attends = builder.cast(attends, torch.bool)
+    if mask.fill_where:
+        attends = builder.call(aten.logical_not.default, attends)
+    if mask.fill == -math.inf:
+        return attends
+    # A finite fill makes a fully masked row a plain average: added instead, absorbing any score.
+    zero = builder.call(
+        aten.full.default, [], 0.0, dtype=site.dtype, device=site.device, pin_memory=False
+    )
+    lowest = torch.finfo(site.dtype).min
+    return builder.call(aten.where.ScalarOther, attends, zero, lowest)
+
+
+def _narrowed(builder: Builder, term: MaskTerm) -> fx.Node:
+    """The term as a 4-D tensor, of length 1 along what it does not depend on."""
+    node = term.node
+    missing = 4 - value(node).dim()
+    for axis, keeps in enumerate(term.keeps[missing:]):
+        if not keeps and value(node).shape[axis] != 1:
+            node = builder.call(aten.slice.Tensor, node, axis, 0, 1)
+    for _ in range(missing):
+        node = builder.call(aten.unsqueeze.default, node, 0)
+    return node if term.additive else builder.cast(node, torch.bool)

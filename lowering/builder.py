@@ -1,0 +1,142 @@
+"""Writing nodes into a graph: traced values for each, sizes as nodes, tensors by their atoms."""
+
+import operator
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.utils._sympy.functions import FloorDiv
+
+from flashsvd_compile.analysis.axes import AxisSpace, Dim, Size, same, shape_of, size_of, volume
+from flashsvd_compile.analysis.calls import aten, is_tensor, value
+from flashsvd_compile.analysis.factored import Labelled, expose
+
+
+class Builder:
+    """Inserts nodes before ``anchor``; each gets its fake value and the anchor's origin."""
+
+    def __init__(self, anchor: fx.Node, space: AxisSpace | None = None) -> None:
+        self.space = space or AxisSpace()
+        self._anchor = anchor
+        self._graph = anchor.graph
+        self._fake_mode = detect_fake_mode(value(anchor))
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self._graph.inserting_before(self._anchor):
+            node = self._graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
+        with self._fake_mode or nullcontext():
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self._anchor.meta:
+                node.meta[key] = self._anchor.meta[key]
+        return node
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if value(node).dtype == dtype else self.call(aten.to.dtype, node, dtype)
+
+    def times(self, node: fx.Node, factor: float) -> fx.Node:
+        return node if factor == 1 else self.call(aten.mul.Tensor, node, factor)
+
+    # ---- sizes ----------------------------------------------------------------------------------
+
+    def size(self, size: Size) -> Any:
+        """``size`` as a number, or as a node that computes it from sizes known before here.
+
+        Raises LookupError where no tensor's sizes lead to it.
+        """
+        if isinstance(size, sympy.Integer):
+            return int(size)
+        if (node := self._known_size(size)) is not None:
+            return node
+        if isinstance(size, (sympy.Add, sympy.Mul)):
+            combine = operator.add if isinstance(size, sympy.Add) else operator.mul
+            result, *rest = (self.size(term) for term in size.args)
+            for term in rest:
+                result = self.call(combine, result, term)
+            return result
+        if isinstance(size, FloorDiv):
+            return self.call(operator.floordiv, *map(self.size, size.args))
+        if isinstance(size, sympy.Pow) and isinstance(size.exp, sympy.Integer) and size.exp > 1:
+            return self.call(operator.pow, self.size(size.base), int(size.exp))
+        if (node := self._known_size(size, inputs_only=False)) is not None:
+            return node
+        raise LookupError(f"no tensor of the graph has a size from which {size} can be computed")
+
+    def traced_size(self, size: Size) -> int | torch.SymInt:
+        """``size`` as tracing sees it."""
+        return value(self.size(size))
+
+    def _known_size(self, size: Size, inputs_only: bool = True) -> fx.Node | None:
+        for node in self._graph.nodes:
+            if node is self._anchor:
+                return None
+            traced = value(node)
+            if isinstance(traced, torch.SymInt) and same(size_of(traced), size):
+                return node
+            if is_tensor(node) and (node.op == "placeholder" or not inputs_only):
+                for dim, known in enumerate(shape_of(traced)):
+                    if same(known, size):
+                        return self.call(aten.sym_size.int, node, dim)
+        return None
+
+    # ---- tensors by their atoms -----------------------------------------------------------------
+
+    def arrange(self, tensor: Labelled, groups: Sequence[Dim]) -> fx.Node:
+        """``tensor`` with one dimension for each group of atoms, in that order.
+
+        An atom that the tensor does not vary along is repeated without copying if the group marks
+        it as broadcast, and must not be in a group else. A view wherever strides allow one.
+        """
+        node, dims = self._stacked(tensor), list(tensor.dims)
+        for cut in tensor.cuts:
+            node, dims = self._cut(node, dims, cut.atom, cut.start, cut.kept)
+        node, atoms = self._leaves(node, dims)
+        wanted = [a for group in groups for a in self.space.leaves(group)]
+        order = [atoms.index(a) for a in wanted if not a.broadcast]
+        if order != list(range(len(atoms))):
+            node = self.call(aten.permute.default, node, order)
+        if any(a.broadcast for a in wanted):
+            node = self._reshape(
+                node, [sympy.Integer(1) if a.broadcast else a.size for a in wanted]
+            )
+            node = self.call(aten.expand.default, node, [self.size(a.size) for a in wanted])
+        return self._reshape(node, [volume(self.space.leaves(group)) for group in groups])
+
+    def _stacked(self, tensor: Labelled) -> fx.Node:
+        if len(tensor.nodes) == 1:
+            return tensor.node
+        return self.call(aten.stack.default, list(tensor.nodes), 0)
+
+    def _cut(
+        self, node: fx.Node, dims: list[Dim], atom: Any, start: Size, kept: Any
+    ) -> tuple[fx.Node, list[Dim]]:
+        exposed = [expose(self.space, dim, atom) for dim in dims]
+        flat: list[Dim] = [(a,) for dim in exposed for a in dim]
+        node = self._reshape(node, [volume(dim) for dim in flat])
+        axis = flat.index((atom,))
+        if kept is None:
+            node = self.call(aten.select.int, node, axis, self.size(start))
+            return node, flat[:axis] + flat[axis + 1 :]
+        stop = self.size(start + kept.size)
+        node = self.call(aten.slice.Tensor, node, axis, self.size(start), stop)
+        return node, [*flat[:axis], (kept,), *flat[axis + 1 :]]
+
+    def _leaves(self, node: fx.Node, dims: Sequence[Dim]) -> tuple[fx.Node, list[Any]]:
+        """One dimension for each finest atom; along broadcast ones the first element stands."""
+        atoms = [a for dim in dims for a in self.space.leaves(dim)]
+        node = self._reshape(node, [a.size for a in atoms])
+        for axis in reversed(range(len(atoms))):
+            if atoms[axis].broadcast:
+                node = self.call(aten.select.int, node, axis, 0)
+        return node, [a for a in atoms if not a.broadcast]
+
+    def _reshape(self, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
+        now = shape_of(value(node))
+        if len(now) == len(shape) and all(map(same, now, shape)):
+            return node
+        return self.call(aten.reshape.default, node, [self.size(size) for size in shape])

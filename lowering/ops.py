@@ -1,0 +1,165 @@
+"""The operators that rewritten graphs call: schemas, shapes, gradients, and who runs them where.
+
+They are opaque to the compiler that follows. On CUDA the Triton kernels run, elsewhere the same
+mathematics on library operators; both take the operands that the graph names, so one rewritten
+graph serves every device. A gradient recomputes the plain lifted expression.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from flashsvd_compile.kernels.attention_library import rank_space_attention_library
+from flashsvd_compile.kernels.attention_reference import lifted_attention
+from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
+from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
+from flashsvd_compile.kernels.tiles import TileConfig
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
+
+# ``k_bias`` changes no result, as it adds one constant to all scores of a query: it is named only
+# so that training finds its gradient, which is zero, where the model's own graph would.
+_ATTENTION_TENSORS = (
+    "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask", "k_bias",
+)  # fmt: skip
+_FEED_FORWARD_TENSORS = (
+    "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
+)  # fmt: skip
+
+
+def _schema(tensors: Sequence[str], rest: str) -> str:
+    """The first three tensors are required, the others optional; numbers go by keyword."""
+    required = ", ".join(f"Tensor {name}" for name in tensors[:3])
+    optional = ", ".join(f"Tensor? {name}=None" for name in tensors[3:])
+    return f"({required}, {optional}, *, {rest}) -> Tensor"
+
+
+# ``tile``: the fields of TileConfig; empty lets the launcher choose.
+_LIBRARY.define(
+    "rank_space_attention"
+    + _schema(_ATTENTION_TENSORS, "int num_heads, bool is_causal, float scale, int[] tile")
+)
+_LIBRARY.define(
+    "streamed_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int[] tile")
+)
+_LIBRARY.define(
+    "row_blocks_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int block_rows")
+)
+
+rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
+streamed_feed_forward = torch.ops.flashsvd.streamed_feed_forward.default
+row_blocks_feed_forward_op = torch.ops.flashsvd.row_blocks_feed_forward.default
+
+
+# ---- who runs them ------------------------------------------------------------------------------
+
+
+def _tile(tile: Sequence[int]) -> TileConfig | None:
+    return TileConfig(*tile) if tile else None
+
+
+def _attention_on_library(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+    del tile
+    return rank_space_attention_library(**_attention_operands(tensors), **numbers)
+
+
+def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+    from flashsvd_compile.kernels.attention import rank_space_attention as launch
+
+    return launch(**_attention_operands(tensors), **numbers, tile=_tile(tile))
+
+
+def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], activation: str) -> Tensor:
+    from flashsvd_compile.kernels.feed_forward import streamed_feed_forward as launch
+
+    named = _named(_FEED_FORWARD_TENSORS, tensors)
+    return launch(**named, activation=activation, tile=_tile(tile))
+
+
+def _row_blocks(*tensors: Tensor | None, block_rows: int, activation: str) -> Tensor:
+    named = _named(_FEED_FORWARD_TENSORS, tensors)
+    return row_blocks_feed_forward(**named, activation=activation, block_rows=block_rows)
+
+
+def _attention_operands(tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+    named = _named(_ATTENTION_TENSORS, tensors)
+    named.pop("k_bias", None)
+    return named
+
+
+def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
+    """Arguments by name; the dispatcher leaves out trailing defaults."""
+    return dict(zip(names, tensors, strict=False))
+
+
+_LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitAutograd")
+_LIBRARY.impl("rank_space_attention", _attention_on_triton, "CUDA")
+_LIBRARY.impl("streamed_feed_forward", _streamed_on_triton, "CUDA")
+_LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("flashsvd::rank_space_attention", lib=_LIBRARY)
+def _attention_shape(
+    q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, num_heads: int, **_: Any
+) -> Tensor:
+    v_factor = _named(_ATTENTION_TENSORS[3:], tensors).get("v_factor")
+    head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
+    return q.new_empty((q.shape[0], q.shape[2], num_heads, head_dim_v)).transpose(1, 2)
+
+
+def _feed_forward_shape(
+    up: Tensor, up_factor: Tensor, down_factor: Tensor, *_tensors: Tensor | None, **_: Any
+) -> Tensor:
+    return up.new_empty((up.shape[0], down_factor.shape[0]))
+
+
+for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
+    torch.library.register_fake(f"flashsvd::{_name}", _feed_forward_shape, lib=_LIBRARY)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tensor],
+                    numbers: Sequence[str]) -> None:  # fmt: skip
+    """Register the gradient of ``flashsvd::name``: that of ``plain`` over the same operands."""
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.numbers = {key: keyword_only_inputs[key] for key in numbers}
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # ``wanted`` ends where the caller's arguments did: the rest of ``saved`` are Nones.
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.enable_grad():
+            leaves = [
+                tensor if tensor is None else tensor.detach().requires_grad_(needed)
+                for tensor, needed in zip(saved, wanted, strict=False)
+            ]
+            output = plain(**_named(tensors, leaves), **ctx.numbers)
+        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(output, asked, grad, materialize_grads=True))
+        return tuple(next(found) if needed else None for needed in wanted)
+
+    torch.library.register_autograd(
+        f"flashsvd::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def _lifted_attention(k_bias: Tensor | None = None, **operands: Any) -> Tensor:
+    del k_bias
+    return lifted_attention(**operands)
+
+
+_differentiable(
+    "rank_space_attention", _ATTENTION_TENSORS, _lifted_attention,
+    ("num_heads", "is_causal", "scale"),
+)  # fmt: skip
+for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
+    _differentiable(_name, _FEED_FORWARD_TENSORS, unfused_feed_forward, ("activation",))

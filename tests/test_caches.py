@@ -1,0 +1,139 @@
+"""Inductor's and AOTAutograd's caches hit across processes, and never after a change of ours."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Compiles the same low-rank feed-forward once for each JSON line given: the options, and whether
+# the package's sources are to look changed. Tells the caches' counters.
+PROGRAM = """
+import json, sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+from flashsvd_compile import fingerprint
+
+sources = fingerprint._sources()
+low_rank = lambda i, o: nn.Sequential(nn.Linear(i, 4, bias=False), nn.Linear(4, o))
+torch.manual_seed(0)
+model = nn.Sequential(*low_rank(12, 40), nn.GELU(), *low_rank(40, 12))
+x = torch.randn(5, 12)
+for line in sys.argv[1:]:
+    options, changed, training = json.loads(line)
+    torch._dynamo.reset()
+    counters.clear()
+    fingerprint._sources = (lambda: "changed") if changed else (lambda: sources)
+    with torch.set_grad_enabled(training):
+        result = torch.compile(model, backend="flashsvd", options=options)(x)
+        torch.testing.assert_close(result, model(x))
+        if training:
+            result.sum().backward()
+    caches = {}
+    for kind, prefix in (("inductor", "fxgraph_cache_"), ("aot_autograd", "autograd_cache_")):
+        for event in ("hit", "miss", "bypass"):
+            caches[f"{kind}_{event}"] = counters[kind][prefix + event]
+    print(json.dumps(caches))
+"""
+
+ROW_BLOCKS = {"feed_forward": "row_blocks"}
+UNFUSED = {"feed_forward": "unfused"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs lines in a process of its own; all share one cache directory."""
+
+    def process(*lines):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *map(json.dumps, lines)],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return process
+
+
+def outcome(caches):
+    """``"hit"`` if no compile was needed, ``"miss"`` if none was found and one was kept."""
+    assert caches["inductor_bypass"] == caches["aot_autograd_bypass"] == 0
+    hit, missed = caches["aot_autograd_hit"], caches["aot_autograd_miss"]
+    assert hit + missed == 1
+    if missed:
+        assert caches["inductor_hit"] == 0, "another graph's kernels were taken"
+    return "hit" if hit else "miss"
+
+
+def test_caches(run):
+    first = run(
+        (ROW_BLOCKS, False, False),
+        (ROW_BLOCKS, True, False),
+        (UNFUSED, False, False),
+        (ROW_BLOCKS, False, True),
+    )
+    assert [outcome(c) for c in first] == ["miss"] * 4
+    second = run(
+        (ROW_BLOCKS, False, False),
+        (ROW_BLOCKS | {"sram_budget": "64KiB"}, False, False),
+        (ROW_BLOCKS | {"debug_dir": None}, False, False),
+        (ROW_BLOCKS, False, True),
+    )
+    assert [outcome(c) for c in second] == ["hit", "miss", "hit", "hit"]
+
+
+CONSTANTS = """
+import json, torch
+from torch._dynamo.utils import counters
+for values in ([[1.0, 2.0]], [[3.0, 4.0]]):
+    torch._dynamo.reset()
+    def scale(x):
+        return x.mm(torch.tensor(values))
+    result = torch.compile(scale, backend="flashsvd")(torch.ones(1, 1))
+    assert result.tolist() == values, (result, values)
+print(json.dumps(counters["aot_autograd"]))
+"""
+
+
+def test_constants_are_told_apart(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CONSTANTS],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["autograd_cache_miss"] == 2
+
+
+def test_the_fingerprint_covers_every_room():
+    from flashsvd_compile import fingerprint
+
+    names = [name for name, _ in fingerprint._files()]
+    assert len(names) == len(set(names))
+    for name in ("flashsvd_compile/normalize.py", "kernels/attention.py", "lowering/ops.py",
+                 "flashsvd_compile/analysis/sweep.py"):  # fmt: skip
+        assert any(found.endswith(name) for found in names), name
+
+
+def test_the_fingerprint_reads_the_files(tmp_path, monkeypatch):
+    from flashsvd_compile import fingerprint
+    from flashsvd_compile.options import Options
+
+    source = tmp_path / "kernel.py"
+    monkeypatch.setattr(fingerprint, "_files", lambda: iter([("kernel.py", source)]))
+    prints = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        source.write_text(text)
+        fingerprint._sources.cache_clear()
+        prints.append(fingerprint.fingerprint(Options()))
+    fingerprint._sources.cache_clear()
+    assert prints[0] == prints[2] != prints[1]
+    assert fingerprint.fingerprint(Options(attention="unfused")) != fingerprint.fingerprint(
+        Options()
+    )

@@ -1,0 +1,79 @@
+"""Options are parsed once; a wrong name or value is told with the nearest right one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashsvd_compile.options import Options, OptionsError
+
+RIGHT = {
+    "nothing": ({}, {}),
+    "strings": (
+        {"compiler": "eager", "attention": "unfused", "feed_forward": "row_blocks"},
+        {"compiler": "eager", "attention": "unfused", "feed_forward": "row_blocks"},
+    ),
+    "bytes_number": ({"sram_budget": 4096}, {"sram_budget": 4096}),
+    "bytes_binary": ({"sram_budget": "99KiB"}, {"sram_budget": 99 * 1024}),
+    "bytes_decimal": ({"sram_budget": "1.5 MB"}, {"sram_budget": 1_500_000}),
+    "bytes_none": ({"sram_budget": None}, {"sram_budget": None}),
+    "path": ({"debug_dir": "some/where"}, {"debug_dir": Path("some/where")}),
+    "dash": ({"sram-budget": 64}, {"sram_budget": 64}),
+    "inductor": ({"max_autotune": True}, {"inductor": {"max_autotune": True}}),
+    "inductor_dash": ({"triton.unique-kernel-names": True},
+                      {"inductor": {"triton.unique_kernel_names": True}}),
+}  # fmt: skip
+
+WRONG = {
+    "name": ({"atention": "auto"}, ["unknown option 'atention'", "'attention'"]),
+    "inductor_name": ({"max_autotun": True}, ["'max_autotun'", "'max_autotune'"]),
+    "inductor_type": ({"max_autotune": "yes"}, ["max_autotune", "str", "bool"]),
+    "value": ({"attention": "rank-space"}, ["'rank-space'", "'rank_space'", "unfused"]),
+    "value_type": ({"compiler": 3}, ["compiler", "3", "aot_eager"]),
+    "unit": ({"sram_budget": "99KoB"}, ["sram_budget", "'KoB'", "KB"]),
+    "no_number": ({"sram_budget": "KiB"}, ["sram_budget", "99KiB"]),
+    "zero": ({"sram_budget": 0}, ["at least one byte"]),
+    "bool": ({"sram_budget": True}, ["at least one byte"]),
+    "list": ({"sram_budget": [1]}, ["sram_budget", "99KiB"]),
+    "path": ({"debug_dir": 3}, ["debug_dir", "path"]),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), RIGHT.values(), ids=RIGHT)
+def test_right(given, expected):
+    assert Options.parse(given) == Options(**expected)
+
+
+@pytest.mark.parametrize(("given", "told"), WRONG.values(), ids=WRONG)
+def test_wrong(given, told):
+    with pytest.raises(OptionsError) as error:
+        Options.parse(given)
+    assert [part for part in told if part not in str(error.value)] == []
+
+
+def test_parsed_options_stay():
+    options = Options(attention="unfused")
+    assert Options.parse(options) is options
+
+
+@pytest.mark.parametrize("mode", [None, "default"])
+def test_default_modes(mode):
+    assert Options.parse(None, mode) == Options()
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_modes_are_inductors(mode):
+    assert dict(Options.parse(None, mode).inductor) == torch._inductor.list_mode_options(mode)
+
+
+def test_unknown_mode():
+    with pytest.raises(OptionsError, match=r"unknown mode 'reduce_overhead'.*'reduce-overhead'"):
+        Options.parse(None, "reduce_overhead")
+
+
+def test_frozen():
+    options = Options.parse({"max_autotune": True})
+    with pytest.raises(AttributeError):
+        options.attention = "unfused"
+    with pytest.raises(TypeError):
+        options.inductor["max_autotune"] = False
