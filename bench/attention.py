@@ -25,7 +25,7 @@ from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import candidate_tiles
 from torch import Tensor
 
-from bench.measure import median_ms, peak_transient_bytes, write_results
+from bench.measure import captured, median_ms, peak_transient_bytes, write_results
 
 GATE_BATCH = 1
 
@@ -130,16 +130,6 @@ def check(shape: Shape, device: str, calls: dict[str, Callable[[], Tensor]]) -> 
         error = (call()[:GATE_BATCH] - exact).norm()
         if not error <= budget:
             raise AssertionError(f"{shape} {name}: error {error:.3e} over {budget:.3e}")
-
-
-def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """``call`` as the replay of a CUDA graph."""
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def measure_shape(shape: Shape, device: str, rounds: int) -> dict:

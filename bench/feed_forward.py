@@ -26,7 +26,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import default_tile
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
-from bench.measure import median_ms, peak_transient_bytes, write_results
+from bench.measure import captured, median_ms, peak_transient_bytes, write_results
 
 GATE_ROWS = 256
 
@@ -185,16 +185,6 @@ def check(problem: Problem) -> None:
         error = (contestant(problem.input)[:GATE_ROWS] - exact).norm()
         if not error <= budget:
             raise AssertionError(f"{name}: error {error:.3e} over the budget {budget:.3e}")
-
-
-def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """``call`` as the replay of a CUDA graph."""
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def measure_shape(shape: Shape, device: str, rounds: int) -> dict:

@@ -12,7 +12,6 @@ from functools import partial
 from multiprocessing import get_context
 
 import torch
-from feed_forward import captured
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_ACCUMULATORS_16_BIT,
@@ -22,7 +21,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 
-from bench.measure import median_ms, write_results
+from bench.measure import captured, median_ms, write_results
 
 ROWS = 65536
 INTERMEDIATE_SIZE = 3072
