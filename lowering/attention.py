@@ -71,13 +71,12 @@ def _factor(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
 
 def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
     """The sum of biases, relative to the arm's scale (which the site's scale has taken in)."""
-    total: fx.Node | None = None
+    terms = []
     for bias in arm.biases:
         heads = _heads(builder, arm, bias.tensor)
         node = builder.cast(builder.arrange(bias.tensor, [heads, arm.width]), site.dtype)
-        node = builder.times(node, bias.scale / arm.scale)
-        total = node if total is None else builder.call(aten.add.Tensor, total, node)
-    return total
+        terms.append(builder.times(node, bias.scale / arm.scale))
+    return builder.fold(aten.add.Tensor, terms)
 
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -96,21 +95,12 @@ def _mask(site: AttentionSite, builder: Builder) -> _Masks:
     terms = [(term, _narrowed(builder, term)) for mask in found for term in mask.terms]
     attends = [node for term, node in terms if not term.additive]
     added = [node for term, node in terms if term.additive]
-    allowed = _fold(builder, aten.logical_and.default, attends)
-    total = _fold(builder, aten.add.Tensor, added)
+    allowed = builder.fold(aten.logical_and.default, attends)
+    total = builder.fold(aten.add.Tensor, added)
     if allowed is not None and total is not None:
         total = builder.call(aten.where.ScalarOther, allowed, total, -math.inf)
         allowed = None
     return _Masks(allowed or total, any(mask.is_causal for mask in found))
-
-
-def _fold(builder: Builder, combine: torch._ops.OpOverload, nodes: list[fx.Node]) -> fx.Node | None:
-    if not nodes:
-        return None
-    result, *rest = nodes
-    for node in rest:
-        result = builder.call(combine, result, node)
-    return result
 
 
 def _analysed(site: AttentionSite, builder: Builder, mask: ScoreMask) -> Mask:

@@ -1,7 +1,7 @@
 """Writing nodes into a graph: traced values for each, sizes as nodes, tensors by their atoms."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,6 +41,13 @@ class Builder:
 
     def times(self, node: fx.Node, factor: float) -> fx.Node:
         return node if factor == 1 else self.call(aten.mul.Tensor, node, factor)
+
+    def fold(self, combine: Any, nodes: Iterable[fx.Node]) -> fx.Node | None:
+        """``combine`` over all nodes, left to right; None where there are none."""
+        result: fx.Node | None = None
+        for node in list(nodes):
+            result = node if result is None else self.call(combine, result, node)
+        return result
 
     # ---- sizes ----------------------------------------------------------------------------------
 

@@ -56,12 +56,11 @@ def _factor(site: FeedForwardSite, builder: Builder, arm: Arm) -> fx.Node:
 
 
 def _bias(site: FeedForwardSite, builder: Builder, arm: Arm) -> fx.Node | None:
-    total: fx.Node | None = None
+    terms = []
     for bias in arm.biases:
         node = builder.cast(builder.arrange(bias.tensor, [arm.width]), site.dtype)
-        node = builder.times(node, bias.scale)
-        total = node if total is None else builder.call(aten.add.Tensor, total, node)
-    return total
+        terms.append(builder.times(node, bias.scale))
+    return builder.fold(aten.add.Tensor, terms)
 
 
 def _down_bias(site: FeedForwardSite, builder: Builder) -> fx.Node | None:
