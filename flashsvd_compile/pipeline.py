@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis.calls import aten, is_aten, overload, value
+from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
-from flashsvd_compile.analysis.sites import AttentionSite, FeedForwardSite, Skip, find_sites
+from flashsvd_compile.analysis.site_records import AttentionSite, FeedForwardSite, Skip
+from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.lowering.attention import lower_attention
 from flashsvd_compile.lowering.builder import Builder
@@ -68,6 +69,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
 def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
     """Put the plan's lowering in the place of the site's result; returns the new and the old."""
     site = plan.site
+    pin_floats(site.region)
     builder = Builder(site.node, facts.space)
     if isinstance(site, AttentionSite):
         result = lower_attention(site, builder, plan.tile)

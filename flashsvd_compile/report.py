@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from flashsvd_compile.analysis.sites import (
+from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainSite,
     FeedForwardSite,

@@ -7,8 +7,8 @@
 Operands, shapes and the rule of heads: ``attention_operands.py``. Notation here: B batch, H
 heads, M queries, N keys, D and D_V head dims, R_Q, R_K, R_V ranks; BLOCK_M × BLOCK_N a tile of
 scores. R_K and R_V are padded to a power of two on chip. The lifts at either end walk D, R_Q and
-D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. UNIT_X is a power of
-two that divides every stride of X but the last: what lets a row of rank 40 load in 16 bytes.
+D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. The rows of X begin at
+multiples of ALIGNED_X bytes.
 
 Operations: 2·M·N·(R_K + R_V) a head, against 4·M·N·D lifted. Bytes from memory: the latents, the
 factors and the output, once a tile of queries; P_k and P_v are copied first where their rank is
@@ -32,12 +32,15 @@ from flashsvd_compile.kernels.attention_tiles import (
     lift_chunk,
     rank_padded,
 )
-from flashsvd_compile.kernels.primitives import INTERPRETED, dot
+from flashsvd_compile.kernels.primitives import dot, is_empty, is_multiple, launch, row_alignment
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+# Keys of which a mask that is alike for all queries is read at once, ahead of the loop.
+SCANNED_KEYS = tl.constexpr(1024)
 
 # Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
 INTERPRETER_SRAM_BYTES = 99 * 1024
@@ -54,9 +57,16 @@ def _load(
     column_limit,
     CHECK_ROWS: tl.constexpr,
     CHECK_COLUMNS: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr = 1,
+    ALIGNED_COLUMNS: tl.constexpr = 1,
 ):
-    """A 2-D tile at int64 ``rows`` [I, 1] and ``columns`` [1, J]; zero beyond the limits."""
+    """A 2-D tile at int64 ``rows`` [I, 1] and ``columns`` [1, J]; zero beyond the limits.
+
+    Along the dimension that is contiguous in memory each run of it begins at a multiple of
+    ALIGNED_… bytes.
+    """
     pointers = base + (rows * stride_row + columns * stride_column)
+    pointers = tl.multiple_of(pointers, (ALIGNED_ROWS, ALIGNED_COLUMNS))
     if CHECK_ROWS and CHECK_COLUMNS:
         tile = tl.load(pointers, mask=(rows < row_limit) & (columns < column_limit), other=0.0)
     elif CHECK_ROWS:
@@ -69,13 +79,13 @@ def _load(
 
 
 @triton.jit
-def _in_units(stride_0, stride_1, stride_2, UNIT: tl.constexpr):
-    """The strides unchanged, in a form that tells the compiler that UNIT divides them."""
-    if UNIT > 1:
-        stride_0 = stride_0 // UNIT * UNIT
-        stride_1 = stride_1 // UNIT * UNIT
-        stride_2 = stride_2 // UNIT * UNIT
-    return stride_0, stride_1, stride_2
+def _load_vector(base, columns, stride, limit, FIT: tl.constexpr):
+    """A bias at int64 ``columns``, in float32; zero beyond the limit."""
+    if FIT:
+        vector = tl.load(base + columns * stride)
+    else:
+        vector = tl.load(base + columns * stride, mask=columns < limit, other=0.0)
+    return vector.to(tl.float32)
 
 
 @triton.jit
@@ -96,56 +106,152 @@ def _lifted_query(
     BLOCK_M: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_RQ: tl.constexpr,
+    QUERIES_FIT: tl.constexpr,
     HAS_Q_FACTOR: tl.constexpr,
     HAS_Q_BIAS: tl.constexpr,
+    ALIGNED_Q: tl.constexpr,
+    ALIGNED_FQ: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """``columns`` of P_q V_qᵀ + b_q (or of dense queries), float32 [BLOCK_M, BLOCK_COLUMNS]."""
+    COLUMNS_FIT: tl.constexpr = D % BLOCK_COLUMNS == 0
+    RANKS_FIT: tl.constexpr = R_Q % BLOCK_RQ == 0
+    if HAS_Q_BIAS:  # asked for early: nothing hides its latency later
+        bias = _load_vector(q_bias, columns, stride_qbd, D, COLUMNS_FIT)
     if HAS_Q_FACTOR:
         lifted = tl.zeros([BLOCK_M, BLOCK_COLUMNS], tl.float32)
         for start in tl.range(0, R_Q, BLOCK_RQ, num_stages=1):
             ranks = (start + tl.arange(0, BLOCK_RQ)).to(tl.int64)
             latent = _load(
-                q, queries[:, None], ranks[None, :], stride_qm, stride_qr, M, R_Q, True, True
+                q, queries[:, None], ranks[None, :], stride_qm, stride_qr,
+                M, R_Q, not QUERIES_FIT, not RANKS_FIT, 1, ALIGNED_Q,
             )  # fmt: skip
             factor = _load(
                 q_factor, ranks[:, None], columns[None, :], stride_qfr, stride_qfd,
-                R_Q, D, True, True,
+                R_Q, D, not RANKS_FIT, not COLUMNS_FIT, ALIGNED_FQ, 1,
             )  # fmt: skip
             lifted = dot(latent, factor, lifted, PRECISION, INTERPRETED)
     else:
         lifted = _load(
-            q, queries[:, None], columns[None, :], stride_qm, stride_qr, M, D, True, True
-        ).to(tl.float32)
+            q, queries[:, None], columns[None, :], stride_qm, stride_qr,
+            M, D, not QUERIES_FIT, not COLUMNS_FIT, 1, ALIGNED_Q,
+        ).to(tl.float32)  # fmt: skip
     if HAS_Q_BIAS:
-        bias = tl.load(q_bias + columns * stride_qbd, mask=columns < D, other=0.0)
-        lifted += bias.to(tl.float32)[None, :]
+        lifted += bias[None, :]
     return lifted
 
 
 @triton.jit
 def _store(
     out,
-    v_bias,
     output,
-    sees_a_key,
     queries,
     columns,
     stride_om,
     stride_od,
-    stride_vbd,
     M,
-    D_V: tl.constexpr,
-    HAS_V_BIAS: tl.constexpr,
+    D_V,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_COLUMNS: tl.constexpr,
 ):
-    """Write ``columns`` of the output, b_v added to the rows that see a key."""
-    if HAS_V_BIAS:
-        bias = tl.load(v_bias + columns * stride_vbd, mask=columns < D_V, other=0.0)
-        output += tl.where(sees_a_key[:, None], bias.to(tl.float32)[None, :], 0.0)
+    """Write ``columns`` of the output, as far as it reaches."""
     pointers = out + (queries[:, None] * stride_om + columns[None, :] * stride_od)
-    is_inside = (queries < M)[:, None] & (columns < D_V)[None, :]
-    tl.store(pointers, output.to(out.dtype.element_ty), mask=is_inside)
+    output = output.to(out.dtype.element_ty)
+    if CHECK_ROWS and CHECK_COLUMNS:
+        tl.store(pointers, output, mask=(queries < M)[:, None] & (columns < D_V)[None, :])
+    elif CHECK_ROWS:
+        tl.store(pointers, output, mask=(queries < M)[:, None])
+    elif CHECK_COLUMNS:
+        tl.store(pointers, output, mask=(columns < D_V)[None, :])
+    else:
+        tl.store(pointers, output)
+
+
+@triton.jit
+def _seen_keys(mask, stride_mn, N, CHUNK: tl.constexpr):
+    """What a mask that is alike for all queries leaves of the keys, as three positions.
+
+    The first key that it shows, the first one after it that it hides, and one past the last that
+    it shows; ``(N, N, 0)`` where it shows none.
+    """
+    first_seen = N
+    first_hidden = N
+    end = N * 0
+    for first_key in tl.range(0, N, CHUNK):
+        keys = first_key + tl.arange(0, CHUNK)
+        is_inside = keys < N
+        is_seen = tl.load(mask + keys.to(tl.int64) * stride_mn, mask=is_inside, other=False)
+        first_seen = tl.minimum(first_seen, tl.min(tl.where(is_seen, keys, N)))
+        end = tl.maximum(end, tl.max(tl.where(is_seen, keys + 1, 0)))
+        is_hidden = is_inside & (is_seen == 0) & (keys > first_seen)
+        first_hidden = tl.minimum(first_hidden, tl.min(tl.where(is_hidden, keys, N)))
+    return first_seen, first_hidden, end
+
+
+@triton.jit
+def _stream(
+    start, stop, q_latent, k, v, mask, row_maximum, row_sum, latent, queries, ranks_k, ranks_v,
+    stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
+    READ_MASK: tl.constexpr, MASK_IS_ADDED: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, CHECK_CAUSAL: tl.constexpr,
+    IS_SCALED: tl.constexpr, EXPONENT_SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of the keys in [start, stop), at which k, v and mask point."""
+    keys = tl.arange(0, BLOCK_N)
+    keys_wide = keys.to(tl.int64)
+    # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
+    step = tl.full([], BLOCK_N, tl.int64)
+    mask_rows = tl.zeros([1, 1], tl.int64)
+    if MASK_HAS_ROWS:
+        mask_rows = tl.minimum(queries, M - 1)[:, None]
+    for position in tl.range(start, stop, BLOCK_N):
+        keys_left = N - position
+        if READ_MASK:  # ahead of the dot, which hides the load
+            mask_tile = _load(
+                mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
+                M, keys_left, False, CHECK_KEYS,
+            )  # fmt: skip
+        key_tile = _load(
+            k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
+            R_K, keys_left, R_K_PADDED > R_K, CHECK_KEYS, ALIGNED_K, 1,
+        )  # fmt: skip
+        scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
+        if not IS_SCALED:
+            scores = scores * scale
+        if READ_MASK:
+            if MASK_IS_ADDED:
+                scores += mask_tile.to(tl.float32)
+            else:
+                scores = tl.where(mask_tile, scores, float("-inf"))
+        if CHECK_CAUSAL:
+            is_past = position + keys[None, :] <= queries[:, None]
+            scores = tl.where(is_past, scores, float("-inf"))
+        if CHECK_KEYS and (MASK_IS_ADDED or not READ_MASK):
+            scores = tl.where((keys < keys_left)[None, :], scores, float("-inf"))
+
+        new_maximum = tl.maximum(row_maximum, tl.max(scores, 1))
+        shift = new_maximum
+        if READ_MASK:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        probabilities = tl.exp2((scores - shift[:, None]) * EXPONENT_SCALE)
+        decay = tl.exp2((row_maximum - shift) * EXPONENT_SCALE)
+        row_sum = row_sum * decay + tl.sum(probabilities, 1)
+        probabilities = probabilities.to(q_latent.dtype)
+        row_maximum = new_maximum
+
+        value_tile = _load(
+            v, keys_wide[:, None], ranks_v[None, :], stride_vn, stride_vr,
+            keys_left, R_V, CHECK_KEYS, R_V_PADDED > R_V, 1, ALIGNED_V,
+        )  # fmt: skip
+        latent = dot(probabilities, value_tile, latent * decay[:, None], PRECISION, INTERPRETED)
+        k += step * stride_kn
+        v += step * stride_vn
+        mask += step * stride_mn
+    return k, v, mask, row_maximum, row_sum, latent
 
 
 @triton.jit
@@ -170,12 +276,12 @@ def _rank_space_attention_kernel(
     HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr, MASK_IS_ADDED: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
     R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
-    UNIT_Q: tl.constexpr, UNIT_K: tl.constexpr, UNIT_V: tl.constexpr,
-    UNIT_FQ: tl.constexpr, UNIT_FK: tl.constexpr, UNIT_FV: tl.constexpr,
+    ALIGNED_Q: tl.constexpr, ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
+    ALIGNED_FQ: tl.constexpr, ALIGNED_FK: tl.constexpr, ALIGNED_FV: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over all their keys."""
@@ -187,13 +293,6 @@ def _rank_space_attention_kernel(
     if IS_CAUSAL:  # the longest rows first, so that the last programs to run are short
         tile = tiles - 1 - tile
     first_query = tile * BLOCK_M
-
-    stride_qb, stride_qh, stride_qm = _in_units(stride_qb, stride_qh, stride_qm, UNIT_Q)
-    stride_kb, stride_kh, stride_kn = _in_units(stride_kb, stride_kh, stride_kn, UNIT_K)
-    stride_vb, stride_vh, stride_vn = _in_units(stride_vb, stride_vh, stride_vn, UNIT_V)
-    _, stride_qfh, stride_qfd = _in_units(0, stride_qfh, stride_qfd, UNIT_FQ)
-    _, stride_kfh, stride_kfd = _in_units(0, stride_kfh, stride_kfd, UNIT_FK)
-    _, stride_vfh, stride_vfd = _in_units(0, stride_vfh, stride_vfd, UNIT_FV)
 
     q += batch * stride_qb + head // (H // H_Q) * stride_qh
     k += batch * stride_kb + head // (H // H_K) * stride_kh
@@ -216,23 +315,23 @@ def _rank_space_attention_kernel(
         q_latent = tl.zeros([BLOCK_M, R_K_PADDED], tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
             columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+            factor = _load(  # asked for before the lift, which hides its latency
+                k_factor, columns[:, None], ranks_k[None, :], stride_kfd, stride_kfr,
+                D, R_K, D % BLOCK_D != 0, R_K_PADDED > R_K, 1, ALIGNED_FK,
+            )  # fmt: skip
             lifted = _lifted_query(
                 q, q_factor, q_bias, queries, columns,
                 stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
-                M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, HAS_Q_FACTOR, HAS_Q_BIAS,
-                PRECISION, INTERPRETED,
+                M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
+                ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
             ).to(DTYPE)  # fmt: skip
-            factor = _load(
-                k_factor, columns[:, None], ranks_k[None, :], stride_kfd, stride_kfr,
-                D, R_K, True, True,
-            )  # fmt: skip
             q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
     else:
         q_latent = _lifted_query(
             q, q_factor, q_bias, queries, ranks_k,
             stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
-            M, D, R_Q, BLOCK_M, R_K_PADDED, BLOCK_RQ, HAS_Q_FACTOR, HAS_Q_BIAS,
-            PRECISION, INTERPRETED,
+            M, D, R_Q, BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
+            ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
         )  # fmt: skip
 
     # A q̃ that is rounded anyway takes the scale along; dense queries keep their exact values.
@@ -248,87 +347,67 @@ def _rank_space_attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
 
-    # Keys below ``first_checked`` are seen by every query of this tile and need no check.
-    last_key = N
-    first_checked = N // BLOCK_N * BLOCK_N
+    # Keys from ``first_key`` to ``first_checked`` are seen by every query of this tile and need
+    # no check; those from there to ``end`` do.
+    first_key = 0
+    first_hidden = N
+    end = N
+    MASK_IS_SCANNED: tl.constexpr = HAS_MASK and not MASK_IS_ADDED and not MASK_HAS_ROWS
+    if MASK_IS_SCANNED:
+        first_key, first_hidden, end = _seen_keys(mask, stride_mn, N, SCANNED_KEYS)
     if IS_CAUSAL:
-        last_key = tl.minimum(N, first_query + BLOCK_M)
-        first_checked = tl.minimum(N, first_query + 1) // BLOCK_N * BLOCK_N
+        end = tl.minimum(end, first_query + BLOCK_M)
+        first_hidden = tl.minimum(first_hidden, first_query + 1)
+    unchecked = tl.maximum(first_hidden - first_key, 0) // BLOCK_N * BLOCK_N
+    first_checked = first_key + unchecked
 
-    keys = tl.arange(0, BLOCK_N)
-    keys_wide = keys.to(tl.int64)
-    # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
-    step = tl.full([], BLOCK_N, tl.int64)
-    mask_rows = tl.zeros([1, 1], tl.int64)
-    if MASK_HAS_ROWS:
-        mask_rows = tl.minimum(queries, M - 1)[:, None]
+    if MASK_IS_SCANNED:
+        k += tl.cast(first_key, tl.int64) * stride_kn
+        v += tl.cast(first_key, tl.int64) * stride_vn
+        mask += tl.cast(first_key, tl.int64) * stride_mn
+    # A scanned mask lets tiles begin anywhere; else only the last may reach beyond the keys.
+    FITS: tl.constexpr = KEYS_FIT and not MASK_IS_SCANNED
+    for CHECK in tl.static_range(0, 1 if FITS and not IS_CAUSAL else 2):
+        k, v, mask, row_maximum, row_sum, latent = _stream(
+            first_key if CHECK == 0 else first_checked, first_checked if CHECK == 0 else end,
+            q_latent, k, v, mask, row_maximum, row_sum, latent, queries, ranks_k, ranks_v,
+            stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+            R_K, R_V, R_K_PADDED, R_V_PADDED,
+            HAS_MASK and (CHECK == 1 or not MASK_IS_SCANNED), MASK_IS_ADDED, MASK_HAS_ROWS,
+            CHECK == 1 and not FITS, CHECK == 1 and IS_CAUSAL,
+            IS_SCALED, EXPONENT_SCALE, BLOCK_N, ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+        )  # fmt: skip
 
-    for CHECK in tl.static_range(0, 2):
-        start = 0 if CHECK == 0 else first_checked
-        stop = first_checked if CHECK == 0 else last_key
-        for first_key in tl.range(start, stop, BLOCK_N):
-            keys_left = N - first_key
-            if HAS_MASK:  # ahead of the dot, which hides the load
-                mask_tile = _load(
-                    mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
-                    M, keys_left, False, CHECK == 1,
-                )  # fmt: skip
-            key_tile = _load(
-                k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
-                R_K, keys_left, R_K_PADDED > R_K, CHECK == 1,
-            )  # fmt: skip
-            scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
-            if not IS_SCALED:
-                scores = scores * scale
-            if HAS_MASK:
-                if MASK_IS_ADDED:
-                    scores += mask_tile.to(tl.float32)
-                else:
-                    scores = tl.where(mask_tile, scores, float("-inf"))
-            if CHECK == 1:
-                is_seen = (keys < keys_left)[None, :]
-                if IS_CAUSAL:
-                    is_seen &= first_key + keys[None, :] <= queries[:, None]
-                scores = tl.where(is_seen, scores, float("-inf"))
-
-            new_maximum = tl.maximum(row_maximum, tl.max(scores, 1))
-            shift = new_maximum
-            if HAS_MASK:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
-                shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            probabilities = tl.exp2((scores - shift[:, None]) * EXPONENT_SCALE)
-            decay = tl.exp2((row_maximum - shift) * EXPONENT_SCALE)
-            row_sum = row_sum * decay + tl.sum(probabilities, 1)
-            probabilities = probabilities.to(DTYPE)
-            row_maximum = new_maximum
-
-            value_tile = _load(
-                v, keys_wide[:, None], ranks_v[None, :], stride_vn, stride_vr,
-                keys_left, R_V, CHECK == 1, R_V_PADDED > R_V,
-            )  # fmt: skip
-            latent = dot(probabilities, value_tile, latent * decay[:, None], PRECISION, INTERPRETED)
-            k += step * stride_kn
-            v += step * stride_vn
-            mask += step * stride_mn
-
-    sees_a_key = row_sum > 0
-    normalizer = 1 / tl.where(sees_a_key, row_sum, 1.0)
-    latent *= normalizer[:, None]
+    sees_a_key = tl.full([BLOCK_M], 1.0, tl.float32)
+    if HAS_MASK:
+        sees_a_key = tl.where(row_sum > 0, 1.0, 0.0)
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
+    normalizer = 1 / row_sum
     if HAS_V_FACTOR:
         for first_column in tl.range(0, D_V, BLOCK_DV, num_stages=1):
             columns = (first_column + tl.arange(0, BLOCK_DV)).to(tl.int64)
             factor = _load(
                 v_factor, ranks_v[:, None], columns[None, :], stride_vfr, stride_vfd,
-                R_V, D_V, True, True,
+                R_V, D_V, R_V_PADDED > R_V, D_V % BLOCK_DV != 0, ALIGNED_FV, 1,
             )  # fmt: skip
-            output = dot(latent.to(DTYPE), factor, None, PRECISION, INTERPRETED)
+            if HAS_V_BIAS:
+                bias = _load_vector(v_bias, columns, stride_vbd, D_V, D_V % BLOCK_DV == 0)
+            normalized = (latent * normalizer[:, None]).to(DTYPE)
+            output = dot(normalized, factor, None, PRECISION, INTERPRETED)
+            if HAS_V_BIAS:
+                output += bias[None, :] * sees_a_key[:, None]
             _store(
-                out, v_bias, output, sees_a_key, queries, columns, stride_om, stride_od, stride_vbd,
-                M, D_V, HAS_V_BIAS,
+                out, output, queries, columns, stride_om, stride_od,
+                M, D_V, not QUERIES_FIT, D_V % BLOCK_DV != 0,
             )  # fmt: skip
     else:
+        output = latent * normalizer[:, None]
+        if HAS_V_BIAS:
+            bias = _load_vector(v_bias, ranks_v, stride_vbd, D_V, R_V_PADDED == R_V)
+            output += bias[None, :] * sees_a_key[:, None]
         _store(
-            out, v_bias, latent, sees_a_key, queries, ranks_v, stride_om, stride_od, stride_vbd,
-            M, D_V, HAS_V_BIAS,
+            out, output, queries, ranks_v, stride_om, stride_od,
+            M, D_V, not QUERIES_FIT, R_V_PADDED > R_V,
         )  # fmt: skip
 
 
@@ -374,8 +453,10 @@ def rank_space_attention(
             f"out must be {list(out_shape)} of {q.dtype} on {q.device}, "
             f"is {list(out.shape)} of {out.dtype} on {out.device}"
         )
-    if out.numel() == 0:
+    if is_empty(out):
         return out
+    if is_empty(k):  # no query sees a key
+        return out.zero_()
     k, v = _rank_innermost(k), _rank_innermost(v)
     width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
     if not all(_is_rank_contiguous(x) for x in (q, k, v, q_factor, k_factor, v_factor)):
@@ -384,8 +465,8 @@ def rank_space_attention(
         tile = _default_tile(shape, q, q_factor is not None, v_factor is not None, mask, width)
 
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    grid = (triton.cdiv(shape.queries, tile.block_m) * num_heads * shape.batch,)
-    _rank_space_attention_kernel[grid](
+    programs = triton.cdiv(shape.queries, tile.block_m) * num_heads * shape.batch
+    operands = (
         # An absent operand is passed as q with strides of 0; the kernel never reads it.
         q, k, v,
         *(q if x is None else x for x in (q_factor, q_bias, k_factor, v_factor, v_bias, mask)),
@@ -396,6 +477,9 @@ def rank_space_attention(
         *_mask_strides(mask),
         *out.stride(),
         scale, shape.queries, shape.keys,
+    )  # fmt: skip
+    launch(
+        _rank_space_attention_kernel, programs, tile, operands,
         H=num_heads, H_Q=q.shape[1], H_K=k.shape[1], H_V=v.shape[1],
         H_FQ=_heads(q_factor), H_BQ=_heads(q_bias), H_FK=_heads(k_factor),
         H_FV=_heads(v_factor), H_BV=_heads(v_bias),
@@ -408,16 +492,15 @@ def rank_space_attention(
         MASK_IS_ADDED=mask is not None and mask.dtype != torch.bool,
         MASK_HAS_ROWS=mask is not None and mask.shape[2] != 1,
         IS_CAUSAL=is_causal,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
+        KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
         BLOCK_DV=lift_chunk(shape.head_dim_v, width),
         R_K_PADDED=rank_padded(shape.rank_k, width), R_V_PADDED=rank_padded(shape.rank_v, width),
-        UNIT_Q=_stride_unit(q), UNIT_K=_stride_unit(k), UNIT_V=_stride_unit(v),
-        UNIT_FQ=_stride_unit(q_factor), UNIT_FK=_stride_unit(k_factor),
-        UNIT_FV=_stride_unit(v_factor),
-        PRECISION="tf32" if tf32 else "ieee", INTERPRETED=INTERPRETED,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-        maxnreg=tile.max_registers or None,
+        ALIGNED_Q=row_alignment(q), ALIGNED_K=row_alignment(k), ALIGNED_V=row_alignment(v),
+        ALIGNED_FQ=row_alignment(q_factor), ALIGNED_FK=row_alignment(k_factor),
+        ALIGNED_FV=row_alignment(v_factor),
+        PRECISION="tf32" if tf32 else "ieee",
     )  # fmt: skip
     return out
 
@@ -441,16 +524,6 @@ def _rank_innermost(latent: Tensor) -> Tensor:
 def _is_rank_contiguous(operand: Tensor | None) -> bool:
     """Whether a tile of it lies in shared memory with its rank innermost."""
     return operand is None or (operand.stride(-1) == 1 and operand.shape[-1] > 1)
-
-
-def _stride_unit(operand: Tensor | None) -> int:
-    """The largest power of two up to 16 bytes that divides all strides but the last."""
-    if operand is None or operand.stride(-1) != 1:
-        return 1
-    unit = 16 // operand.element_size()
-    while any(s % unit for s in operand.stride()[:-1]):
-        unit //= 2
-    return unit
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from flashsvd_compile.kernels.feed_forward_reference import (
     validate_feed_forward,
 )
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
-from flashsvd_compile.kernels.primitives import INTERPRETED, dot
+from flashsvd_compile.kernels.primitives import dot, is_empty, launch
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -189,10 +189,10 @@ def streamed_feed_forward(
     out = allocate_feed_forward_output(up, rank_down, out)
     if tile is None:
         tile = _default_tile(up, rank_up, rank_gate, rank_down, intermediate_size)
-    if out.numel() == 0:
+    if is_empty(out):
         return out
 
-    _feed_forward_kernel[(triton.cdiv(rows, tile.block_m),)](
+    operands = (
         *_pointer_and_strides(up, up, 2),
         *_pointer_and_strides(up_factor, up, 2),
         *_pointer_and_strides(up_bias, up, 1),
@@ -203,6 +203,12 @@ def streamed_feed_forward(
         *_pointer_and_strides(down_bias, up, 1),
         out,
         rows,
+    )
+    launch(
+        _feed_forward_kernel,
+        triton.cdiv(rows, tile.block_m),
+        tile,
+        operands,
         F=intermediate_size,
         R_U=rank_up,
         R_G=rank_gate or 0,
@@ -217,12 +223,6 @@ def streamed_feed_forward(
         HAS_DOWN_BIAS=down_bias is not None,
         SHORT=up.element_size() == 2,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        INTERPRETED=INTERPRETED,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=tile.max_registers or None,
     )
     return out
 

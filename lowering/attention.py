@@ -20,7 +20,7 @@ from flashsvd_compile.analysis.axes import Dim, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
-from flashsvd_compile.analysis.sites import Arm, AttentionSite
+from flashsvd_compile.analysis.site_records import Arm, AttentionSite
 
 
 def lower_attention(site: AttentionSite, builder: Builder, tile: Sequence[int]) -> fx.Node:

@@ -14,7 +14,7 @@ from torch import fx
 
 from flashsvd_compile.analysis.calls import aten
 from flashsvd_compile.analysis.factored import Labelled
-from flashsvd_compile.analysis.sites import Arm, FeedForwardSite
+from flashsvd_compile.analysis.site_records import Arm, FeedForwardSite
 
 
 def lower_streamed(site: FeedForwardSite, builder: Builder, tile: list[int]) -> fx.Node:

@@ -1,8 +1,9 @@
 """The operators that rewritten graphs call: schemas, shapes, gradients, and who runs them where.
 
-They are opaque to the compiler that follows. On CUDA the Triton kernels run, elsewhere the same
-mathematics on library operators; both take the operands that the graph names, so one rewritten
-graph serves every device. A gradient recomputes the plain lifted expression.
+On CUDA the Triton kernels run, elsewhere the same mathematics on library operators; both take
+the operands that the graph names, so one rewritten graph serves every device. The compiler that
+follows sees a Triton kernel's launch as a node of its own; what runs on library operators stays
+opaque to it. A gradient recomputes the plain lifted expression.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 
@@ -94,9 +96,31 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
 
 
 _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitAutograd")
-_LIBRARY.impl("rank_space_attention", _attention_on_triton, "CUDA")
-_LIBRARY.impl("streamed_feed_forward", _streamed_on_triton, "CUDA")
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
+
+
+def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
+    """Run ``flashsvd::name`` by ``launch`` on CUDA, and show the compiler its kernel there.
+
+    A launch that Inductor writes itself costs 40 µs of host time in a BERT encoder, through the
+    dispatcher and the launcher's Python 240 (a host beside an H100, torch 2.11, 2026-11-25):
+    more than most of these kernels run.
+    """
+
+    def show(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args[0].device.type != "cuda":
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return launch(*args, **kwargs)
+
+    _LIBRARY.impl(name, launch, "CUDA")
+    torch.library.register_torch_dispatch(
+        f"flashsvd::{name}", FunctionalTensorMode, show, lib=_LIBRARY
+    )
+
+
+_on_triton("rank_space_attention", _attention_on_triton)
+_on_triton("streamed_feed_forward", _streamed_on_triton)
 
 
 # ---- shapes -------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ class OneFeedForward(nn.Module):
     def __init__(self, middle, training=False):
         super().__init__()
         self.gate, self.up = low_rank(HIDDEN, INTERMEDIATE), low_rank(HIDDEN, INTERMEDIATE)
-        self.down = low_rank(INTERMEDIATE, HIDDEN)
+        self.down, self.other_down = (low_rank(INTERMEDIATE, HIDDEN) for _ in range(2))
         self.norm = nn.LayerNorm(INTERMEDIATE)
         self.slope = nn.Parameter(torch.full((INTERMEDIATE,), 0.2))
         self.middle = middle
@@ -280,6 +280,21 @@ class OneFeedForward(nn.Module):
 
 def _returned_intermediate(self, h):
     h = F.gelu(h)
+    return self.down(h), h
+
+
+def _summed_intermediate(self, h):
+    h = F.gelu(h)
+    return self.down(h) + h.sum(-1, keepdim=True)
+
+
+def _two_downs(self, h):
+    h = F.relu(h)
+    return self.down(h), self.other_down(h)
+
+
+def _returned_gate(self, h):
+    h = h * h.sigmoid()
     return self.down(h), h
 
 
@@ -303,6 +318,10 @@ def _written_in_part(self, h):
 FEED_FORWARD_SKIPPED = {
     "returned_intermediate": (
         _returned_intermediate, "wide_has_other_user", "is also read by output"),
+    "intermediate_with_another_reader": (
+        _summed_intermediate, "wide_has_other_user", "is also read by sum"),
+    "gate_with_another_reader": (_returned_gate, "wide_has_other_user", "is also read by output"),
+    "two_downs": (_two_downs, "wide_has_other_user", "is also read by linear"),
     "mish": (lambda self, h: self.down(F.mish(h)), "activation_unknown", "aten.mish"),
     "leaky_relu": (
         lambda self, h: self.down(F.leaky_relu(h, 0.01)), "activation_unknown", "leaky_relu"),
@@ -356,6 +375,51 @@ def test_a_tensor_beside_its_own_transpose_is_no_gate(tmp_path):
 
     sites = check(Square(), (torch.randn(2, KEYS * 4, HIDDEN),), into=tmp_path)
     assert not any(s["kind"] == "feed_forward" and s["lowering"] for s in sites)
+
+
+class Layers(nn.Module):
+    """A low-rank layer, ``between`` over its output, and attention that reads nothing else."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second = low_rank(HIDDEN, HIDDEN), low_rank(HIDDEN, HIDDEN)
+        self.norm, self.scales = nn.LayerNorm(HIDDEN), nn.Parameter(torch.rand(HIDDEN))
+        self.attention = OneAttention(lambda self, q, k, v: sdpa(q, k, v))
+        self.between = between
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.attention(self.between(self, x, y)), y
+
+
+# What comes between a layer and the next one's q, k and v without making a feed-forward of it.
+LAYER_OUTPUTS = {
+    "nothing": lambda self, x, y: y,
+    "views": lambda self, x, y: y.flatten(0, 1).view(y.shape),
+    "halved": lambda self, x, y: y * 0.5 + 1.0,
+    "sum_of_two_layers": lambda self, x, y: y + self.second(x),
+    "layer_scale": lambda self, x, y: y * self.scales,
+    "layer_norm": lambda self, x, y: self.norm(y),
+}
+
+
+@pytest.mark.parametrize("between", LAYER_OUTPUTS)
+def test_the_output_of_a_layer_is_no_feed_forward(between, tmp_path):
+    """Wide, between low-rank products, with several readers: and yet nobody's intermediate."""
+    check(Layers(LAYER_OUTPUTS[between]), (hidden_states(),), into=tmp_path,
+          found=["attention rank_space"])  # fmt: skip
+
+
+def test_an_activation_before_three_projections_is_a_feed_forward(tmp_path):
+    model = Layers(lambda self, x, y: F.relu(y))
+    sites = check(model, (hidden_states(),), into=tmp_path)
+    missed = [s["reason"]["code"] for s in sites if s["kind"] == "feed_forward"]
+    assert missed == ["wide_has_other_user"] * 3
+
+
+def test_a_linear_middle_is_no_feed_forward(tmp_path):
+    model = OneFeedForward(lambda self, h: self.down(h * 2.0 + 1.0))
+    check(model, (hidden_states(),), into=tmp_path, found=[])
 
 
 # ---- memory that somebody else may see ----------------------------------------------------------

@@ -1,6 +1,7 @@
 """Reading a node of the graph: its arguments by name, its value, what it aliases or mutates."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ def aliased_argument(node: fx.Node) -> fx.Node | None:
 def constant(node: Any) -> float | None:
     """The number that ``node`` is in every run, else None.
 
-    A Python float that Dynamo made symbolic is pinned to its value by a guard of torch's own.
+    A Python float that Dynamo made symbolic counts as the number that it is now, unguarded: under
+    dynamic shapes the scales that modules hold are symbolic, too. What becomes of a graph may rest
+    on it only after ``pin_floats``.
     """
     number = _constant(node)
     if number is None or not is_tensor(node):
@@ -108,7 +111,7 @@ def _constant(node: Any) -> float | None:
         return None
     traced = node.meta.get("val")
     if isinstance(traced, torch.SymFloat):
-        return float(traced) if traced.node.hint is not None else None
+        return None if traced.node.hint is None else float(traced.node.hint)
     if node.op == "get_attr":
         return _constant_tensor(node)
     if node.op != "call_function" or not is_aten(node):
@@ -125,6 +128,22 @@ def _constant(node: Any) -> float | None:
     if packet(node) in (aten.lift_fresh_copy, aten.to, aten._to_copy, aten.expand, aten.detach):
         return constant(node.args[0])
     return None
+
+
+def pin_floats(nodes: Iterable[fx.Node]) -> None:
+    """Guard every symbolic float that ``nodes`` read as a number: it stays as ``constant`` told.
+
+    Each new value of a guarded float costs a compile, so this is for the nodes of sites alone.
+    """
+    pending = [source for node in nodes for source in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if constant(node) is None:
+            continue
+        if isinstance(value(node), torch.SymFloat):
+            float(value(node))  # torch's own way to ask for a guard
+        else:
+            pending += node.all_input_nodes  # a tensor filled with it
 
 
 def _constant_tensor(node: fx.Node) -> float | None:

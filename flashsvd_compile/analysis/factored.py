@@ -82,7 +82,7 @@ class Factored:
     """``scale · (latent · factor) + Σ bias.scale · bias``, contracted over ``rank``.
 
     ``lift`` is the matmul that made it. It is low-rank in earnest only if the latent is narrower
-    than what it came from and what it becomes: see ``sites``.
+    than what it came from and what it becomes: see ``low_rank``.
     """
 
     lift: fx.Node

@@ -32,10 +32,14 @@ class Pointwise:
 
 @dataclass(frozen=True)
 class Lost:
-    """An operator that a fact did not survive, and the lifted tensors that it spoke of."""
+    """An operator that a fact did not survive, and the stretch that led to it.
+
+    The operator ends the stretch where it is elementwise itself (its memory was written to, or it
+    reads a weight), else the stretch ends before it.
+    """
 
     reason: Reason
-    sources: tuple[fx.Node, ...]
+    region: Pointwise
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,25 @@ def name_activation(
     return None
 
 
+def is_nonlinear(region: Pointwise) -> bool | None:
+    """Is the stretch's result more than a weighted sum of its sources and a number?
+
+    A product of two sources is. None where the function cannot be told.
+    """
+    if not region.nodes:
+        return False
+    samples = _samples(len(region.sources))
+    # First the sources all at zero, then each at one alone: a linear function is known from there.
+    corners = torch.cat([torch.zeros(1, len(samples)), torch.eye(len(samples))]).double()
+    given = [torch.cat([corner, points]) for corner, points in zip(corners.T, samples, strict=True)]
+    got = _evaluate(region, region.nodes[-1], dict(zip(region.sources, given, strict=True)))
+    if got is None or got.shape != given[0].shape:
+        return None
+    at_zero, at_ones, rest = got.split([1, len(samples), len(samples[0])])
+    linear = at_zero + sum((one - at_zero) * p for one, p in zip(at_ones, samples, strict=True))
+    return not _agree(rest, linear)
+
+
 def _agree(got: torch.Tensor, expected: torch.Tensor) -> bool:
     error = (got - expected).abs() / (1 + expected.abs())
     return bool((error <= SAME_FUNCTION).all())  # NaN is never equal

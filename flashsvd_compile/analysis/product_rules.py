@@ -97,5 +97,4 @@ def _feed_forward(facts: Facts, product: Contraction, rank: Dim) -> None:
 def _lost_feed_forward(facts: Facts, product: Contraction) -> None:
     """The left operand was lifted once, and something came between that cannot be streamed."""
     if (lost := facts.lost.get(product.left)) is not None:
-        region = Pointwise({source: facts.axes[source] for source in lost.sources}, ())
-        facts.candidates.append(FeedForwardCandidate(product, region, lost.reason))
+        facts.candidates.append(FeedForwardCandidate(product, lost.region, lost.reason))

@@ -324,6 +324,6 @@ def _lose(facts: Facts, node: fx.Node, code: Code, observed: str, required: str 
         facts.lost[node] = facts.lost[source]
     elif source in facts.factored or source in facts.pointwise:
         required = required or "an operator that keeps latent × factor"
-        region = facts.pointwise.get(source)
-        sources = (source,) if region is None else tuple(region.sources)
-        facts.lost[node] = Lost(reason_at(node, code, observed, required), sources)
+        region = facts.pointwise.get(source) or Pointwise({source: facts.axes[source]}, ())
+        region = region.then(node) if is_pointwise(node) else region
+        facts.lost[node] = Lost(reason_at(node, code, observed, required), region)

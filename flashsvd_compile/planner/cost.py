@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
-from flashsvd_compile.analysis.sites import Arm, AttentionSite, FeedForwardSite
+from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
 from flashsvd_compile.kernels.feed_forward_tiles import (
     STREAMED_FASTEST_UP_TO_RANK,
     STREAMED_FASTEST_UP_TO_RANK_GATED,

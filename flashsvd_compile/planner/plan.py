@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from flashsvd_compile.analysis.axes import Size, volume
-from flashsvd_compile.analysis.sites import AttentionSite, FeedForwardSite, Site
+from flashsvd_compile.analysis.site_records import AttentionSite, FeedForwardSite, Site
 from flashsvd_compile.kernels import attention_tiles, feed_forward_blocks, feed_forward_tiles
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost

@@ -1,0 +1,202 @@
+"""From a candidate to an attention site: q, k and v as latents where they can be, else dense.
+
+The operands' atoms are aligned with the output's; those along which a factor varies are heads,
+the others batch.
+"""
+
+import sympy
+from torch import fx
+
+from flashsvd_compile.analysis.attention_facts import Operand
+from flashsvd_compile.analysis.axes import Atom, Dim, volume
+from flashsvd_compile.analysis.factored import Factored, Labelled
+from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
+from flashsvd_compile.analysis.low_rank import is_low_rank, lost_in_earnest
+from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
+from flashsvd_compile.analysis.site_records import Arm, AttentionSite
+from flashsvd_compile.reason import Code, Reason, reason_at
+
+
+def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | Reason | None:
+    space = facts.space
+    operands = (found.query, found.key, found.value)
+    if not any(o.node in facts.factored or lost_in_earnest(facts, o.node) for o in operands):
+        return None
+    batch = [_operand_batch(facts, operand) for operand in operands]
+    output = tuple(a for dim in found.batch for a in dim)
+    for own in batch:
+        if not space.align(own, output):
+            return reason_at(found.node, Code.BAD_LAYOUT, "q, k, v do not share batch and heads")
+    if not space.align(facts.atoms(found.query.node, found.query.rows), found.rows):
+        return reason_at(found.node, Code.BAD_LAYOUT, "the output's rows are not the queries'")
+    for own in batch:  # a later operand may have split what an earlier one was aligned to
+        space.align(own, output)
+    rows = [facts.atoms(o.node, o.rows) for o in operands]
+    out_rows = space.leaves(found.rows)
+    stacked = _stacked_heads(facts, found, rows[0])
+    if stacked:
+        batch[0] += tuple(rows[0][i] for i in stacked)
+        batch[1:] = [(*own, *(Atom(rows[0][i].size, True) for i in stacked)) for own in batch[1:]]
+        output += tuple(out_rows[i] for i in stacked)
+        rows[0], out_rows = (
+            tuple(a for i, a in enumerate(atoms) if i not in stacked)
+            for atoms in (rows[0], out_rows)
+        )
+    q_width, k_width = (facts.atoms(o.node, o.feature) for o in operands[:2])
+    space.align(q_width, k_width)
+
+    core = between(
+        facts, [found.node], {*(o.node for o in operands), *(m.node for m in found.masks)}
+    )
+    regions = [lift_region(facts, operand.node) for operand in operands]
+    allowed = core.union(*(r for r in regions if r))
+    whys = [
+        _why_dense(facts, operand, region, allowed)
+        for operand, region in zip(operands, regions, strict=True)
+    ]
+    if all(whys):
+        return next((w for w in whys if w and w.code is not Code.NO_LOW_RANK_OPERAND), None)
+    if shared := other_user(core - {found.node}, core):
+        return shared
+    if any(facts.regions[n] != facts.regions[found.node] for n in allowed):
+        return reason_at(found.node, Code.REGION_CROSSED, "autocast or grad mode changes inside")
+
+    positions = [space.leaves(own) for own in [*batch, output]]
+    low_rank = [facts.factored[o.node] for o, why in zip(operands, whys, strict=True) if not why]
+    in_heads = [
+        any(atoms[i] in _factor_atoms(facts, fact) for fact in low_rank for atoms in positions[:3])
+        or any(atoms[i].broadcast for atoms in positions[1:3])
+        for i in range(len(positions[0]))
+    ]
+    split = [
+        (tuple(a for a, h in zip(atoms, in_heads, strict=True) if not h),
+         tuple(a for a, h in zip(atoms, in_heads, strict=True) if h))
+        for atoms in positions
+    ]  # fmt: skip
+    if not isinstance(volume(split[3][1]), sympy.Integer):
+        return reason_at(found.node, Code.BAD_LAYOUT, "a symbolic number of heads", "a number")
+    arms: list[Arm] = []
+    for operand, own_rows, region, why, (own_batch, own_heads) in zip(
+        operands, rows, regions, whys, split, strict=False
+    ):
+        arm = _arm(facts, operand, own_batch, own_heads, own_rows, region, why)
+        if isinstance(arm, Reason):
+            arm = _arm(facts, operand, own_batch, own_heads, own_rows, None, arm)
+        if isinstance(arm, Reason):
+            return arm
+        arms.append(arm)
+    if all(arm.factor is None for arm in arms):
+        return arms[0].why_dense
+    region = core.union(*(arm.region for arm in arms))
+    return AttentionSite(
+        found.node,
+        common_path([found.node, *(n for arm in arms for n in arm.region)]),
+        region,
+        query=arms[0],
+        key=arms[1],
+        value=arms[2],
+        batch=split[3][0],
+        heads=split[3][1],
+        rows=out_rows,
+        keys=space.leaves(found.key_rows),
+        width=space.leaves(found.feature),
+        out_dims=facts.axes[found.node],
+        scale=found.scale,
+        is_causal=found.is_causal,
+        masks=found.masks,
+    )
+
+
+def _stacked_heads(facts: Facts, found: AttentionCandidate, rows: Dim) -> list[int]:
+    """Which of the queries' row atoms are heads: the query's factor varies along them.
+
+    Grouped queries may be spelled as more rows of one head of keys.
+    """
+    fact = facts.factored.get(found.query.node)
+    if fact is None or found.is_causal:
+        return []
+    in_factor = _factor_atoms(facts, fact)
+    return [i for i, atom in enumerate(rows) if atom in in_factor]
+
+
+def _operand_batch(facts: Facts, operand: Operand) -> Dim:
+    """The operand's own atoms for the dimensions it shares; broadcast where it has none.
+
+    With grouped heads (``enable_gqa``) the operand's head dimension is a part of the output's.
+    """
+    own: list[Atom] = []
+    for index, out in zip(operand.batch, operand.shared, strict=True):
+        atoms = () if index < 0 else facts.atoms(operand.node, (index,))
+        missing = sympy.cancel(volume(out) / volume(atoms))
+        own.extend(atoms)
+        if missing != 1:
+            own.append(Atom(missing, broadcast=True))
+    return tuple(own)
+
+
+def _factor_atoms(facts: Facts, fact: Factored) -> set[Atom]:
+    return set(fact.factor.atoms(facts.space)) - set(facts.space.leaves(fact.rank))
+
+
+def _why_dense(
+    facts: Facts, operand: Operand, region: frozenset[fx.Node], allowed: frozenset[fx.Node]
+) -> Reason | None:
+    """Why an operand cannot be read from its latent; None if it can."""
+    node = operand.node
+    fact = facts.factored.get(node)
+    if fact is None and (lost := lost_in_earnest(facts, node)):
+        return lost
+    if fact is None or not is_low_rank(facts, fact):
+        return reason_at(node, Code.NO_LOW_RANK_OPERAND, "a dense tensor", "latent × factor")
+    return other_user(region, allowed)
+
+
+def _arm(
+    facts: Facts,
+    operand: Operand,
+    batch: Dim,
+    heads: Dim,
+    rows: Dim,
+    region: frozenset[fx.Node] | None,
+    why: Reason | None,
+) -> Arm | Reason:
+    """The operand in canonical terms; dense if there is a reason ``why``."""
+    space, node = facts.space, operand.node
+    width = facts.atoms(node, operand.feature)
+    if not isinstance(volume(width), sympy.Integer):
+        return reason_at(node, Code.BAD_LAYOUT, "a symbolic head_dim", "a number")
+    dense = Labelled((node,), facts.axes[node])
+    if not _is_leading(heads, set(dense.atoms(space))):
+        return reason_at(node, Code.BAD_LAYOUT, "heads repeated over the outer dimension")
+    if why is not None or region is None:
+        return Arm(dense, dense, width, batch, heads, rows, width, why_dense=why)
+    fact = facts.factored[node]
+    latent, factor = (set(t.atoms(space)) for t in (fact.latent, fact.factor))
+    rank = space.leaves(fact.rank)
+    vary = {atom for atom in (*batch, *rows) if not atom.broadcast}
+    extra = {a for b in fact.biases for a in b.tensor.atoms(space)} - set(heads) - set(width)
+    fits = (
+        vary <= latent
+        and not vary & factor
+        and set(width) <= factor
+        and not set(width) & latent
+        and factor <= {*heads, *width, *rank}
+        and latent <= {*batch, *heads, *rows, *rank}
+        and not extra
+        and _is_leading(heads, latent)
+        and _is_leading(heads, factor)
+        and all(_is_leading(heads, set(b.tensor.atoms(space))) for b in fact.biases)
+        and all(set(width) <= set(b.tensor.atoms(space)) for b in fact.biases)
+    )
+    if not fits:
+        return reason_at(node, Code.BAD_LAYOUT, "latent and factor do not part by head and row")
+    return Arm(
+        dense, fact.latent, rank, batch, heads, rows, width, fact.factor, fact.biases, fact.scale,
+        region,
+    )  # fmt: skip
+
+
+def _is_leading(heads: Dim, atoms: set[Atom]) -> bool:
+    """Does the tensor vary along a leading part of the heads, and not along the rest?"""
+    present = [atom in atoms for atom in heads]
+    return present == sorted(present, reverse=True)

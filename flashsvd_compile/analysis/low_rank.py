@@ -1,0 +1,42 @@
+"""Which factored tensors are low-rank in earnest: a weight alone makes a matmul, not a latent."""
+
+import sympy
+from torch import fx
+
+from flashsvd_compile.analysis.axes import volume
+from flashsvd_compile.analysis.factored import Factored
+from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.reason import Reason
+
+
+def is_low_rank(facts: Facts, fact: Factored) -> bool:
+    """Is the latent narrower than what it came from and what it becomes?
+
+    It must itself be a product with a factor (then it is narrower than that product's input), or
+    an input of the graph.
+    """
+    rank, width = fact.rank_size(facts.space), volume(fact.lifted_atoms(facts.space))
+    if not isinstance(rank, sympy.Integer) or not isinstance(width, sympy.Integer):
+        return False
+    if fact.latent.node in facts.inputs:
+        return bool(rank < width)
+    inner = facts.factored.get(fact.latent.node)
+    return inner is not None and bool(rank < inner.rank_size(facts.space)) and bool(rank <= width)
+
+
+def lifted_latents(facts: Facts) -> set[fx.Node]:
+    """Nodes that are lifted: their own lift, or a layout of it, is the latent of a wider one."""
+    found = set()
+    for fact in facts.factored.values():
+        inner = facts.factored.get(fact.latent.node)
+        if inner is not None and is_low_rank(facts, fact):
+            found.add(inner.lift)
+    return found
+
+
+def lost_in_earnest(facts: Facts, node: fx.Node) -> Reason | None:
+    """Where ``node`` stopped being low-rank, if it once was."""
+    lost = facts.lost.get(node)
+    if lost is None or not any(is_low_rank(facts, facts.factored[s]) for s in lost.region.sources):
+        return None
+    return lost.reason

@@ -1,0 +1,146 @@
+"""Sites: places that compute attention, a feed-forward or a chain, in mathematical terms.
+
+A site names latents, factors and biases by atoms, in the canonical order of the lowerings:
+
+    attention      latent [B, H_x, rows, rank]   factor [H_x, head_dim, rank]   bias [H_x, head_dim]
+    feed_forward   latent [T, rank]              factor [F, rank]               bias [F]
+
+where H_x is a leading part of the heads (all of them, one for each group, or none). How the model
+laid the heads out no longer shows.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from flashsvd_compile.analysis.attention_facts import ScoreMask
+from flashsvd_compile.analysis.axes import Dim, Dims, volume
+from flashsvd_compile.analysis.calls import value
+from flashsvd_compile.analysis.factored import Bias, Factored, Labelled
+from flashsvd_compile.reason import Reason
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One input of a site: a latent with the factor that would lift it, or a dense tensor.
+
+    ``batch``, ``heads``, ``rows``, ``width``: this tensor's own atoms for the canonical
+    dimensions (an atom is ``broadcast`` where the tensor does not vary). ``rank`` is the last
+    dimension of ``latent``; for a dense tensor that is ``width`` and there is no factor.
+    ``lifted`` is the full-width tensor and ``region`` the nodes from the lift to there.
+    """
+
+    lifted: Labelled
+    latent: Labelled
+    rank: Dim
+    batch: Dim
+    heads: Dim
+    rows: Dim
+    width: Dim
+    factor: Labelled | None = None
+    biases: tuple[Bias, ...] = ()
+    scale: float = 1.0
+    region: frozenset[fx.Node] = frozenset()
+    why_dense: Reason | None = None
+
+    def as_dense(self, why: Reason) -> "Arm":
+        """The same input read at full width: lifted before the site, for the reason ``why``."""
+        return replace(
+            self, latent=self.lifted, rank=self.width, factor=None, biases=(), scale=1.0,
+            region=frozenset(), why_dense=why,
+        )  # fmt: skip
+
+    @property
+    def rank_size(self) -> int:
+        return int(volume(self.rank))
+
+    @property
+    def width_size(self) -> int:
+        return int(volume(self.width))
+
+
+@dataclass(frozen=True)
+class Site:
+    """What every kind of site has. ``node`` computes its result; ``where`` is the module path."""
+
+    kind: ClassVar[str]
+
+    node: fx.Node
+    where: str
+    region: frozenset[fx.Node]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return value(self.node).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return value(self.node).device
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """softmax(scale · q kᵀ + masks) v, with ``batch``, ``heads``, ``rows``, ``keys``, ``width``
+    the output's and the masks' atoms."""
+
+    kind: ClassVar[str] = "attention"
+
+    query: Arm
+    key: Arm
+    value: Arm
+    batch: Dim
+    heads: Dim
+    rows: Dim
+    keys: Dim
+    width: Dim
+    out_dims: Dims
+    scale: float
+    is_causal: bool
+    masks: tuple[ScoreMask, ...]
+
+    @property
+    def num_heads(self) -> int:
+        return int(volume(self.heads))
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        return {"q": self.query, "k": self.key, "v": self.value}
+
+
+@dataclass(frozen=True)
+class FeedForwardSite(Site):
+    """act(gate) · up, or act(up), times the down factor: [T, rank] → [T, out]."""
+
+    kind: ClassVar[str] = "feed_forward"
+
+    up: Arm
+    gate: Arm | None
+    activation: str
+    down: Labelled
+    down_bias: Labelled | None
+    tokens: Dim
+    width: Dim
+    out: Dim
+    out_dims: Dims
+
+
+@dataclass(frozen=True)
+class ChainSite(Site):
+    """(x · u) · v that belongs to no larger site."""
+
+    kind: ClassVar[str] = "chain"
+
+    factored: Factored
+    rank: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site in all but one respect."""
+
+    kind: str
+    node: fx.Node
+    where: str
+    reason: Reason
