@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_reference import lifted_attention
-from flashsvd_compile.kernels.attention_tiles import candidate_tiles
+from flashsvd_compile.kernels.attention_tiles import AttentionExtents, candidate_tiles
 from torch import Tensor
 
 from bench.measure import captured, median_ms, peak_transient_bytes, write_results
@@ -149,7 +149,7 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
 
     latents, keywords = operands(shape, "cuda")
     properties = torch.cuda.get_device_properties("cuda")
-    tiles = candidate_tiles(
+    extents = AttentionExtents(
         head_dim_qk=shape.head_dim,
         head_dim_v=shape.head_dim,
         rank_q=shape.rank,
@@ -158,14 +158,13 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
         q_lifted=True,
         v_lifted=True,
         element_bytes=2,
-        sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        mask_bytes=0,
     )
+    sram_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     calls = {
         f"{t.block_m}x{t.block_n} warps {t.num_warps} stages {t.num_stages}": captured(
             partial(rank_space_attention, *latents, **keywords, tile=t)
         )
-        for t in tiles
+        for t in candidate_tiles(extents, sram_bytes)
     }
     times = median_ms(calls, "cuda", rounds=rounds)
     for name, time in sorted(times.items(), key=lambda item: item[1]):

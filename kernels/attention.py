@@ -27,6 +27,7 @@ import triton.language as tl
 from flashsvd_compile.kernels.attention_operands import AttentionShape, attention_shape
 from flashsvd_compile.kernels.attention_tiles import (
     SWIZZLE_BYTES,
+    AttentionExtents,
     common_width,
     default_tile,
     lift_chunk,
@@ -41,6 +42,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Keys of which a mask that is alike for all queries is read at once, ahead of the loop.
 SCANNED_KEYS = tl.constexpr(1024)
+
+# What the sum of a row's exponentials may be when their reference is not the row's own maximum;
+# outside, it is computed again with the maximum. 2**±32 leaves float32 and bfloat16 far from their
+# ends; float16 ends at 2**16 and loses digits below 2**-14.
+LEAST_SUM = tl.constexpr(2.0**-32)
+MOST_SUM = tl.constexpr(2.0**32)
+LEAST_SUM_16 = tl.constexpr(0.5)
+MOST_SUM_16 = tl.constexpr(2.0**15)
 
 # Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
 INTERPRETER_SRAM_BYTES = 99 * 1024
@@ -144,28 +153,26 @@ def _lifted_query(
 
 @triton.jit
 def _store(
-    out,
-    output,
-    queries,
-    columns,
-    stride_om,
-    stride_od,
-    M,
-    D_V,
-    CHECK_ROWS: tl.constexpr,
-    CHECK_COLUMNS: tl.constexpr,
-):
+    out, v_bias, output, has_seen, queries, columns, stride_om, stride_od, stride_vbd, M, D_V,
+    HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    QUERIES_FIT: tl.constexpr, COLUMNS_FIT: tl.constexpr,
+):  # fmt: skip
     """Write ``columns`` of the output, as far as it reaches."""
-    pointers = out + (queries[:, None] * stride_om + columns[None, :] * stride_od)
+    if HAS_V_BIAS:
+        bias = _load_vector(v_bias, columns, stride_vbd, D_V, COLUMNS_FIT)[None, :]
+        if HAS_MASK:
+            bias = tl.where(has_seen[:, None], bias, 0.0)
+        output += bias
     output = output.to(out.dtype.element_ty)
-    if CHECK_ROWS and CHECK_COLUMNS:
-        tl.store(pointers, output, mask=(queries < M)[:, None] & (columns < D_V)[None, :])
-    elif CHECK_ROWS:
-        tl.store(pointers, output, mask=(queries < M)[:, None])
-    elif CHECK_COLUMNS:
-        tl.store(pointers, output, mask=(columns < D_V)[None, :])
-    else:
+    pointers = out + (queries[:, None] * stride_om + columns[None, :] * stride_od)
+    if QUERIES_FIT and COLUMNS_FIT:
         tl.store(pointers, output)
+    elif QUERIES_FIT:
+        tl.store(pointers, output, mask=(columns < D_V)[None, :])
+    elif COLUMNS_FIT:
+        tl.store(pointers, output, mask=(queries < M)[:, None])
+    else:
+        tl.store(pointers, output, mask=(queries < M)[:, None] & (columns < D_V)[None, :])
 
 
 @triton.jit
@@ -190,68 +197,145 @@ def _seen_keys(mask, stride_mn, N, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+    stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED_K: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Masked scores [BLOCK_M, BLOCK_N] of the keys from ``position`` on, where k and mask point."""
+    keys_left = N - position
+    keys_wide = keys.to(tl.int64)
+    if MASK == "added" or MASK == "rows":  # ahead of the dot, which hides the load
+        mask_tile = _load(
+            mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
+            M, keys_left, False, not FITS,
+        )  # fmt: skip
+    key_tile = _load(
+        k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
+        R_K, keys_left, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
+    )  # fmt: skip
+    scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
+    if not IS_SCALED:
+        scores = scores * scale
+    if MASK == "added":
+        scores += mask_tile.to(tl.float32)
+    elif MASK == "rows":
+        scores = tl.where(mask_tile, scores, float("-inf"))
+    if IS_CAUSAL or not FITS:  # noqa: SIM102 (this one is decided at compile time)
+        if position + BLOCK_N > first_checked:
+            seen = (keys < keys_left)[None, :]
+            if MASK == "scanned":
+                is_inside = keys < keys_left
+                seen = tl.load(mask + keys_wide * stride_mn, mask=is_inside, other=False)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (position + keys[None, :] <= queries[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _row_maximum(
+    first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
+    stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The largest score of each query over [first_key, end); 0 where it sees none."""
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    keys = tl.arange(0, BLOCK_N)
+    step = tl.full([], BLOCK_N, tl.int64)
+    tl.assume(first_key < end)
+    for position in tl.range(first_key, end, BLOCK_N, num_stages=1):
+        scores = _scores(
+            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        maximum = tl.maximum(maximum, tl.max(scores, 1))
+        k += step * stride_kn
+        mask += step * stride_mn
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
 def _stream(
-    start, stop, q_latent, k, v, mask, row_maximum, row_sum, latent, queries, ranks_k, ranks_v,
+    first_key, first_checked, end, reference, q_latent, k, v, mask,
+    queries, ranks_k, ranks_v, mask_rows,
     stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
     R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
-    READ_MASK: tl.constexpr, MASK_IS_ADDED: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
-    CHECK_KEYS: tl.constexpr, CHECK_CAUSAL: tl.constexpr,
-    IS_SCALED: tl.constexpr, EXPONENT_SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of the keys in [start, stop), at which k, v and mask point."""
+    """Over the keys of [first_key, end): the sum of exp2(score - reference), and that of P_v so
+    weighted. ``k``, ``v`` and ``mask`` point at ``first_key``."""
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
     keys = tl.arange(0, BLOCK_N)
-    keys_wide = keys.to(tl.int64)
     # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
     step = tl.full([], BLOCK_N, tl.int64)
-    mask_rows = tl.zeros([1, 1], tl.int64)
-    if MASK_HAS_ROWS:
-        mask_rows = tl.minimum(queries, M - 1)[:, None]
-    for position in tl.range(start, stop, BLOCK_N):
-        keys_left = N - position
-        if READ_MASK:  # ahead of the dot, which hides the load
-            mask_tile = _load(
-                mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
-                M, keys_left, False, CHECK_KEYS,
-            )  # fmt: skip
-        key_tile = _load(
-            k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
-            R_K, keys_left, R_K_PADDED > R_K, CHECK_KEYS, ALIGNED_K, 1,
+    tl.assume(first_key < end)
+    for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
+        scores = _scores(
+            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
         )  # fmt: skip
-        scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
-        if not IS_SCALED:
-            scores = scores * scale
-        if READ_MASK:
-            if MASK_IS_ADDED:
-                scores += mask_tile.to(tl.float32)
-            else:
-                scores = tl.where(mask_tile, scores, float("-inf"))
-        if CHECK_CAUSAL:
-            is_past = position + keys[None, :] <= queries[:, None]
-            scores = tl.where(is_past, scores, float("-inf"))
-        if CHECK_KEYS and (MASK_IS_ADDED or not READ_MASK):
-            scores = tl.where((keys < keys_left)[None, :], scores, float("-inf"))
-
-        new_maximum = tl.maximum(row_maximum, tl.max(scores, 1))
-        shift = new_maximum
-        if READ_MASK:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2((scores - shift[:, None]) * EXPONENT_SCALE)
-        decay = tl.exp2((row_maximum - shift) * EXPONENT_SCALE)
-        row_sum = row_sum * decay + tl.sum(probabilities, 1)
-        probabilities = probabilities.to(q_latent.dtype)
-        row_maximum = new_maximum
-
+        weights = scores - reference[:, None]
+        if MASK == "added":
+            weights = weights * LOG2E
+        weights = tl.exp2(weights)
+        row_sum += tl.sum(weights, 1)
         value_tile = _load(
-            v, keys_wide[:, None], ranks_v[None, :], stride_vn, stride_vr,
-            keys_left, R_V, CHECK_KEYS, R_V_PADDED > R_V, 1, ALIGNED_V,
+            v, keys.to(tl.int64)[:, None], ranks_v[None, :], stride_vn, stride_vr,
+            N - position, R_V, not FITS, R_V_PADDED > R_V, 1, ALIGNED_V,
         )  # fmt: skip
-        latent = dot(probabilities, value_tile, latent * decay[:, None], PRECISION, INTERPRETED)
+        latent = dot(weights.to(q_latent.dtype), value_tile, latent, PRECISION, INTERPRETED)
         k += step * stride_kn
         v += step * stride_vn
         mask += step * stride_mn
-    return k, v, mask, row_maximum, row_sum, latent
+    return row_sum, latent
+
+
+@triton.jit
+def _finish(
+    latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+    stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
+    D_V: tl.constexpr, R_V: tl.constexpr, R_V_PADDED: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    QUERIES_FIT: tl.constexpr, ALIGNED_FV: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Normalize and lift the latent output, add b_v to the rows that see a key, and store."""
+    has_seen = row_sum > 0
+    if HAS_MASK:
+        row_sum = tl.where(has_seen, row_sum, 1.0)
+    normalized = latent * (1 / row_sum)[:, None]
+    COLUMNS_FIT: tl.constexpr = D_V % (BLOCK_DV if HAS_V_FACTOR else R_V_PADDED) == 0
+    if HAS_V_FACTOR:
+        normalized = normalized.to(v_factor.dtype.element_ty)
+        for first_column in tl.range(0, D_V, BLOCK_DV, num_stages=1):
+            columns = (first_column + tl.arange(0, BLOCK_DV)).to(tl.int64)
+            factor = _load(
+                v_factor, ranks_v[:, None], columns[None, :], stride_vfr, stride_vfd,
+                R_V, D_V, R_V_PADDED > R_V, not COLUMNS_FIT, ALIGNED_FV, 1,
+            )  # fmt: skip
+            lifted = dot(normalized, factor, None, PRECISION, INTERPRETED)
+            _store(
+                out, v_bias, lifted, has_seen, queries, columns, stride_om, stride_od, stride_vbd,
+                M, D_V, HAS_V_BIAS, HAS_MASK, QUERIES_FIT, COLUMNS_FIT,
+            )  # fmt: skip
+    else:
+        _store(
+            out, v_bias, normalized, has_seen, queries, ranks_v, stride_om, stride_od, stride_vbd,
+            M, D_V, HAS_V_BIAS, HAS_MASK, QUERIES_FIT, COLUMNS_FIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -275,8 +359,7 @@ def _rank_space_attention_kernel(
     R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, MASK_IS_ADDED: tl.constexpr, MASK_HAS_ROWS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
     R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
@@ -305,12 +388,40 @@ def _rank_space_attention_kernel(
     mask += batch * stride_mb + head * stride_mh
     out += batch * stride_ob + head * stride_oh
 
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    IS_SCALED: tl.constexpr = HAS_Q_FACTOR or HAS_K_FACTOR
+    # A scanned mask lets tiles begin anywhere; else only the last may reach beyond the keys.
+    FITS: tl.constexpr = KEYS_FIT and MASK != "scanned"
+
     queries = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64)
     ranks_k = tl.arange(0, R_K_PADDED).to(tl.int64)
     ranks_v = tl.arange(0, R_V_PADDED).to(tl.int64)
 
+    # Keys from ``first_key`` to ``first_checked`` are seen by all queries of this tile; those from
+    # there to ``end`` need a check.
+    first_key = 0
+    first_checked = N
+    end = N
+    if MASK == "scanned":
+        first_key, first_checked, end = _seen_keys(mask, stride_mn, N, SCANNED_KEYS)
+        k += tl.cast(first_key, tl.int64) * stride_kn
+        v += tl.cast(first_key, tl.int64) * stride_vn
+        mask += tl.cast(first_key, tl.int64) * stride_mn
+    if IS_CAUSAL:
+        first_checked = tl.minimum(first_checked, first_query + 1)
+        end = tl.minimum(end, first_query + BLOCK_M)
+    has_keys = first_key < end
+    end = tl.maximum(end, first_key + 1)
+    # Asked for before q̃ is computed, which hides its latency.
+    first_tile = _load(
+        k, ranks_k[:, None], tl.arange(0, BLOCK_N).to(tl.int64)[None, :], stride_kr, stride_kn,
+        R_K, N - first_key, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
+    )  # fmt: skip
+    mask_rows = tl.zeros([1, 1], tl.int64)
+    if MASK == "added" or MASK == "rows":
+        mask_rows = tl.minimum(queries, M - 1)[:, None]
+
     # q̃, the queries that latent keys are scored with
-    DTYPE: tl.constexpr = q.dtype.element_ty
     if HAS_K_FACTOR:
         q_latent = tl.zeros([BLOCK_M, R_K_PADDED], tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
@@ -335,79 +446,50 @@ def _rank_space_attention_kernel(
         )  # fmt: skip
 
     # A q̃ that is rounded anyway takes the scale along; dense queries keep their exact values.
-    IS_SCALED: tl.constexpr = HAS_Q_FACTOR or HAS_K_FACTOR
-    EXPONENT_SCALE: tl.constexpr = LOG2E if MASK_IS_ADDED else 1.0
-    if not MASK_IS_ADDED:
+    if MASK != "added":
         scale = scale * LOG2E
     if IS_SCALED:
         q_latent = q_latent * scale
     q_latent = q_latent.to(DTYPE)
 
-    row_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
-
-    # Keys from ``first_key`` to ``first_checked`` are seen by every query of this tile and need
-    # no check; those from there to ``end`` do.
-    first_key = 0
-    first_hidden = N
-    end = N
-    MASK_IS_SCANNED: tl.constexpr = HAS_MASK and not MASK_IS_ADDED and not MASK_HAS_ROWS
-    if MASK_IS_SCANNED:
-        first_key, first_hidden, end = _seen_keys(mask, stride_mn, N, SCANNED_KEYS)
-    if IS_CAUSAL:
-        end = tl.minimum(end, first_query + BLOCK_M)
-        first_hidden = tl.minimum(first_hidden, first_query + 1)
-    unchecked = tl.maximum(first_hidden - first_key, 0) // BLOCK_N * BLOCK_N
-    first_checked = first_key + unchecked
-
-    if MASK_IS_SCANNED:
-        k += tl.cast(first_key, tl.int64) * stride_kn
-        v += tl.cast(first_key, tl.int64) * stride_vn
-        mask += tl.cast(first_key, tl.int64) * stride_mn
-    # A scanned mask lets tiles begin anywhere; else only the last may reach beyond the keys.
-    FITS: tl.constexpr = KEYS_FIT and not MASK_IS_SCANNED
-    for CHECK in tl.static_range(0, 1 if FITS and not IS_CAUSAL else 2):
-        k, v, mask, row_maximum, row_sum, latent = _stream(
-            first_key if CHECK == 0 else first_checked, first_checked if CHECK == 0 else end,
-            q_latent, k, v, mask, row_maximum, row_sum, latent, queries, ranks_k, ranks_v,
-            stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-            R_K, R_V, R_K_PADDED, R_V_PADDED,
-            HAS_MASK and (CHECK == 1 or not MASK_IS_SCANNED), MASK_IS_ADDED, MASK_HAS_ROWS,
-            CHECK == 1 and not FITS, CHECK == 1 and IS_CAUSAL,
-            IS_SCALED, EXPONENT_SCALE, BLOCK_N, ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+    reference = dot(q_latent, first_tile, None, PRECISION, INTERPRETED)
+    if not IS_SCALED:
+        reference = reference * scale
+    reference = tl.max(reference, 1)
+    row_sum, latent = _stream(
+        first_key, first_checked, end, reference, q_latent, k, v, mask,
+        queries, ranks_k, ranks_v, mask_rows,
+        stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+        R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None,
+        ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    _finish(
+        latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+        stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
+        D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+        QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    LEAST: tl.constexpr = LEAST_SUM_16 if DTYPE == tl.float16 else LEAST_SUM  # noqa: SIM300
+    MOST: tl.constexpr = MOST_SUM_16 if DTYPE == tl.float16 else MOST_SUM  # noqa: SIM300
+    is_right = (row_sum > LEAST) & (row_sum < MOST)
+    if (tl.sum(is_right.to(tl.int32)) < BLOCK_M) & has_keys:
+        reference = _row_maximum(
+            first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
+            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
         )  # fmt: skip
-
-    sees_a_key = tl.full([BLOCK_M], 1.0, tl.float32)
-    if HAS_MASK:
-        sees_a_key = tl.where(row_sum > 0, 1.0, 0.0)
-        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
-    normalizer = 1 / row_sum
-    if HAS_V_FACTOR:
-        for first_column in tl.range(0, D_V, BLOCK_DV, num_stages=1):
-            columns = (first_column + tl.arange(0, BLOCK_DV)).to(tl.int64)
-            factor = _load(
-                v_factor, ranks_v[:, None], columns[None, :], stride_vfr, stride_vfd,
-                R_V, D_V, R_V_PADDED > R_V, D_V % BLOCK_DV != 0, ALIGNED_FV, 1,
-            )  # fmt: skip
-            if HAS_V_BIAS:
-                bias = _load_vector(v_bias, columns, stride_vbd, D_V, D_V % BLOCK_DV == 0)
-            normalized = (latent * normalizer[:, None]).to(DTYPE)
-            output = dot(normalized, factor, None, PRECISION, INTERPRETED)
-            if HAS_V_BIAS:
-                output += bias[None, :] * sees_a_key[:, None]
-            _store(
-                out, output, queries, columns, stride_om, stride_od,
-                M, D_V, not QUERIES_FIT, D_V % BLOCK_DV != 0,
-            )  # fmt: skip
-    else:
-        output = latent * normalizer[:, None]
-        if HAS_V_BIAS:
-            bias = _load_vector(v_bias, ranks_v, stride_vbd, D_V, R_V_PADDED == R_V)
-            output += bias[None, :] * sees_a_key[:, None]
-        _store(
-            out, output, queries, ranks_v, stride_om, stride_od,
-            M, D_V, not QUERIES_FIT, R_V_PADDED > R_V,
+        row_sum, latent = _stream(
+            first_key, first_checked, end, reference, q_latent, k, v, mask,
+            queries, ranks_k, ranks_v, mask_rows,
+            stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+            R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, 1,
+            ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        _finish(
+            latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+            stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
+            D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+            QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -488,10 +570,7 @@ def rank_space_attention(
         HAS_Q_FACTOR=q_factor is not None, HAS_Q_BIAS=q_bias is not None,
         HAS_K_FACTOR=k_factor is not None,
         HAS_V_FACTOR=v_factor is not None, HAS_V_BIAS=v_bias is not None,
-        HAS_MASK=mask is not None,
-        MASK_IS_ADDED=mask is not None and mask.dtype != torch.bool,
-        MASK_HAS_ROWS=mask is not None and mask.shape[2] != 1,
-        IS_CAUSAL=is_causal,
+        MASK=_kind_of(mask), IS_CAUSAL=is_causal,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
@@ -526,6 +605,15 @@ def _is_rank_contiguous(operand: Tensor | None) -> bool:
     return operand is None or (operand.stride(-1) == 1 and operand.shape[-1] > 1)
 
 
+def _kind_of(mask: Tensor | None) -> str:
+    """A boolean mask that is alike for all queries is scanned ahead of the loop over keys."""
+    if mask is None:
+        return "none"
+    if mask.dtype != torch.bool:
+        return "added"
+    return "rows" if mask.shape[2] != 1 else "scanned"
+
+
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     """A dimension of size 1 is read again and again: its stride is 0, whatever it says."""
     if mask is None:
@@ -546,7 +634,7 @@ def _default_tile(
         sram_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     else:
         sram_bytes = INTERPRETER_SRAM_BYTES
-    tile = default_tile(
+    extents = AttentionExtents(
         head_dim_qk=shape.head_dim_qk,
         head_dim_v=shape.head_dim_v,
         rank_q=max(shape.rank_q, width),
@@ -555,10 +643,9 @@ def _default_tile(
         q_lifted=q_lifted,
         v_lifted=v_lifted,
         element_bytes=q.element_size(),
-        sram_bytes=sram_bytes,
         mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
-        has_mask=mask is not None,
     )
+    tile = default_tile(extents, sram_bytes)
     if tile is None:
         raise ValueError(
             f"no attention tile of ranks {shape.rank_q}, {shape.rank_k}, {shape.rank_v} fits "

@@ -1,6 +1,7 @@
 """Which tiles of the attention kernel fit, and which to take. Data only: imports no Triton."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -20,7 +21,7 @@ SRAM_SLACK_BYTES = 1024
 # A row of q̃ beyond this many bytes stays in shared memory on Hopper too (the same kernels).
 MAX_REGISTER_ROW_BYTES = 1024
 
-# A mask's element, where the caller does not say: float32, the widest that attention is given.
+# An element of a mask, where its dtype is not known yet: float32, the widest there is.
 MASK_BYTES = 4
 
 # Accumulators (32-bit registers of a thread) that leave room for q̃, probabilities and addresses
@@ -29,12 +30,14 @@ MAX_ACCUMULATORS_16_BIT = 128
 MAX_ACCUMULATORS_32_BIT = 72
 
 # Fastest first, then ever smaller. H100 80GB HBM3, torch 2.11.0, triton 3.6.0, 2026-11-25, sweeps
-# in bfloat16 from cold caches over 18 tiles; `python -m bench.attention --tiles` repeats them. At
-# 512 keys the first of each list was the best of all: at rank 32 with a padding mask and without,
-# at rank 40 without and at ranks 40 and 64 with one (there also at 2048 keys). A cap on registers
-# pays where one more program then fits a multiprocessor.
+# in bfloat16 from cold caches; `python -m bench.attention --tiles` repeats them. Of 14 tiles the
+# first of each list was within 5% of the best: at ranks 32, 40 and 64 with 512 keys, a padding
+# mask and without, and at rank 32 with 2048. A cap on registers pays where one more program then
+# fits a multiprocessor.
 NARROW_RANK = 32
 _SMALLER = (
+    TileConfig(64, 32, 4, 4),
+    TileConfig(64, 64, 4, 3),
     TileConfig(64, 64, 8, 3),
     TileConfig(64, 32, 4, 3),
     TileConfig(64, 32, 4, 2),
@@ -46,26 +49,12 @@ _SMALLER = (
     TileConfig(16, 16, 4, 1),
 )
 TILES_NARROW = (
-    TileConfig(64, 64, 4, 3, max_registers=96),
-    TileConfig(64, 64, 4, 3),
-    TileConfig(128, 32, 4, 4),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(128, 64, 4, 3),
+    TileConfig(128, 32, 4, 4, max_registers=128),
     *_SMALLER,
 )
 TILES_WIDE = (
+    TileConfig(128, 32, 4, 4),
     TileConfig(128, 64, 8, 3),
-    TileConfig(128, 64, 4, 3),
-    TileConfig(64, 64, 4, 3),
-    TileConfig(128, 32, 4, 4),
-    *_SMALLER,
-)
-TILES_WIDE_MASKED = (
-    TileConfig(64, 64, 4, 3, max_registers=128),
-    TileConfig(128, 64, 8, 3, max_registers=128),
-    TileConfig(128, 64, 4, 3),
-    TileConfig(64, 64, 4, 3),
-    TileConfig(128, 32, 4, 4),
     *_SMALLER,
 )
 # Exact float32 has no tensor core to feed; what fits its registers was sought, not measured.
@@ -101,44 +90,65 @@ def lift_chunk(extent: int, width: int = MIN_EXTENT) -> int:
     return min(MAX_LIFT_CHUNK, rank_padded(extent, width))
 
 
-def sram_bytes_of(
-    tile: TileConfig,
-    *,
-    head_dim_qk: int,
-    head_dim_v: int,
-    rank_q: int,
-    rank_k: int,
-    rank_v: int,
-    q_lifted: bool,
-    v_lifted: bool,
-    element_bytes: int,
-    mask_bytes: int = 0,
-) -> int:
+@dataclass(frozen=True)
+class AttentionExtents:
+    """What of a call decides which tiles fit.
+
+    ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
+    mask that differs between queries, else 0.
+    """
+
+    head_dim_qk: int
+    head_dim_v: int
+    rank_q: int
+    rank_k: int
+    rank_v: int
+    q_lifted: bool
+    v_lifted: bool
+    element_bytes: int
+    mask_bytes: int = 0
+
+    @property
+    def width(self) -> int:
+        return common_width(self.rank_q, self.rank_k, self.rank_v, self.element_bytes)
+
+
+def sram_bytes_of(tile: TileConfig, of: AttentionExtents) -> int:
     """Shared memory of one program: at least what the compiled kernel asks for.
 
-    The largest of three phases, whose tiles share memory. Lifting the query: a chunk of P_q, of
-    V_q and of the result; or a chunk of V_k and q̃. Streaming: P_k and P_v ``num_stages`` times,
-    or, without Hopper's tensor cores, one stage less beside q̃ and probabilities; and the tile of
-    a mask of ``mask_bytes`` an element that differs between queries. Lifting the output: a chunk
+    The largest of three phases, whose tiles share memory. Lifting the query: the first tile of
+    P_k, a chunk of P_q, V_q and V_k, and one of the result or q̃. Streaming: P_k and
+    P_v ``num_stages`` times, or, where no Hopper tensor core keeps q̃ and probabilities in
+    registers, beside those; and the tile of a mask that differs between queries. Lifting the output: a chunk
     of V_v and the latent output.
     """
-    width = common_width(rank_q, rank_k, rank_v, element_bytes)
-    padded_k, padded_v = rank_padded(rank_k, width), rank_padded(rank_v, width)
-    chunk_d, chunk_dv = lift_chunk(head_dim_qk, width), lift_chunk(head_dim_v, width)
+    width = of.width
+    padded_k, padded_v = rank_padded(of.rank_k, width), rank_padded(of.rank_v, width)
+    chunk_d, chunk_dv = lift_chunk(of.head_dim_qk, width), lift_chunk(of.head_dim_v, width)
     m, n, stages = tile.block_m, tile.block_n, tile.num_stages
 
-    lifting = chunk_d * padded_k + m * max(chunk_d, padded_k)
-    if q_lifted:
-        chunk_q = lift_chunk(rank_q, width)
-        lifting = max(lifting, m * chunk_q + chunk_q * chunk_d + m * chunk_d)
+    chunk_q = lift_chunk(of.rank_q, width) if of.q_lifted else 0
+    converted = m * max(chunk_d, padded_k)
     key_values = n * (padded_k + padded_v)
-    loop = max(stages * key_values, max(stages - 1, 1) * key_values + m * (n + padded_k))
-    if padded_k * element_bytes > MAX_REGISTER_ROW_BYTES:
-        loop = max(loop, stages * key_values + m * padded_k)
-    output = padded_v * (chunk_dv + m) if v_lifted else 0
-    mask = m * n * max(mask_bytes, stages) if mask_bytes else 0
-    phases = (lifting * element_bytes, loop * element_bytes + mask, output * element_bytes)
-    return max(phases) + SRAM_SLACK_BYTES
+    beside = m * (n + padded_k)
+    output = padded_v * (chunk_dv + m) if of.v_lifted else 0
+    if _is_whole_warpgroups(tile, of):
+        loop = max(stages * key_values, max(stages - 1, 1) * key_values + beside)
+        if padded_k * of.element_bytes > MAX_REGISTER_ROW_BYTES:
+            loop = max(loop, stages * key_values + m * padded_k)
+    else:  # operands that a matmul finds in registers there pass through shared memory here
+        converted *= 2
+        loop = stages * key_values + beside
+        output += 2 * m * chunk_dv
+    lifting = (n + chunk_d) * padded_k + max((m + chunk_d) * chunk_q, converted)
+    mask = m * n * max(of.mask_bytes, stages) if of.mask_bytes else 0
+    size = of.element_bytes
+    return max(lifting * size, loop * size + mask, output * size) + SRAM_SLACK_BYTES
+
+
+def _is_whole_warpgroups(tile: TileConfig, of: AttentionExtents) -> bool:
+    """Whether Hopper's matmuls, of 64 rows by four warps, fill the tile."""
+    return of.element_bytes == 2 and tile.block_m >= 16 * tile.num_warps >= 64
 
 
 def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -> int:
@@ -146,77 +156,24 @@ def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -
     return tile.block_m * (rank_padded(rank_v, width) + tile.block_n) // (32 * tile.num_warps)
 
 
-def candidate_tiles(
-    *,
-    head_dim_qk: int,
-    head_dim_v: int,
-    rank_q: int,
-    rank_k: int,
-    rank_v: int,
-    q_lifted: bool,
-    v_lifted: bool,
-    element_bytes: int,
-    sram_bytes: int,
-    mask_bytes: int = MASK_BYTES,
-    has_mask: bool = False,
-) -> Iterator[TileConfig]:
+def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Iterator[TileConfig]:
     """The tiles that fit ``sram_bytes`` of shared memory a block and the registers, best first."""
-    width = common_width(rank_q, rank_k, rank_v, element_bytes)
-    limit = MAX_ACCUMULATORS_32_BIT if element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
-    for tile in _preferred(rank_padded(max(rank_k, rank_v)), element_bytes, has_mask):
-        sram = sram_bytes_of(
-            tile,
-            head_dim_qk=head_dim_qk,
-            head_dim_v=head_dim_v,
-            rank_q=rank_q,
-            rank_k=rank_k,
-            rank_v=rank_v,
-            q_lifted=q_lifted,
-            v_lifted=v_lifted,
-            element_bytes=element_bytes,
-            mask_bytes=mask_bytes,
-        )
-        registers = accumulators_of(tile, rank_v=rank_v, width=width)
+    limit = MAX_ACCUMULATORS_32_BIT if of.element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
+    for tile in _preferred(of):
+        registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
         # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
         allowed = min(limit, tile.max_registers // 2 or limit)
-        if sram <= sram_bytes and registers <= allowed:
+        if sram_bytes_of(tile, of) <= sram_bytes and registers <= allowed:
             yield tile
 
 
-def default_tile(
-    *,
-    head_dim_qk: int,
-    head_dim_v: int,
-    rank_q: int,
-    rank_k: int,
-    rank_v: int,
-    q_lifted: bool,
-    v_lifted: bool,
-    element_bytes: int,
-    sram_bytes: int,
-    mask_bytes: int = MASK_BYTES,
-    has_mask: bool = False,
-) -> TileConfig | None:
+def default_tile(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
     """The first of `candidate_tiles`, or None where none fits."""
-    tiles = candidate_tiles(
-        head_dim_qk=head_dim_qk,
-        head_dim_v=head_dim_v,
-        rank_q=rank_q,
-        rank_k=rank_k,
-        rank_v=rank_v,
-        q_lifted=q_lifted,
-        v_lifted=v_lifted,
-        element_bytes=element_bytes,
-        sram_bytes=sram_bytes,
-        mask_bytes=mask_bytes,
-        has_mask=has_mask,
-    )
-    return next(tiles, None)
+    return next(candidate_tiles(of, sram_bytes), None)
 
 
-def _preferred(rank: int, element_bytes: int, has_mask: bool) -> tuple[TileConfig, ...]:
-    if element_bytes == 4:
+def _preferred(of: AttentionExtents) -> tuple[TileConfig, ...]:
+    if of.element_bytes == 4:
         return TILES_32_BIT
-    if rank <= NARROW_RANK:
-        return TILES_NARROW
-    return TILES_WIDE_MASKED if has_mask else TILES_WIDE
+    narrow = rank_padded(max(of.rank_k, of.rank_v), of.width) <= NARROW_RANK
+    return TILES_NARROW if narrow else TILES_WIDE

@@ -111,22 +111,23 @@ def _attention_tile(
     if device.type != "cuda":
         return (), 0, None
     query, key, value = site.query, site.key, site.value
-    shape: dict[str, Any] = {
-        "head_dim_qk": query.width_size,
-        "head_dim_v": value.width_size,
-        "rank_q": query.rank_size,
-        "rank_k": key.rank_size,
-        "rank_v": value.rank_size,
-        "q_lifted": query.factor is not None,
-        "v_lifted": value.factor is not None,
-        "element_bytes": site.dtype.itemsize,
-    }
+    extents = attention_tiles.AttentionExtents(
+        head_dim_qk=query.width_size,
+        head_dim_v=value.width_size,
+        rank_q=query.rank_size,
+        rank_k=key.rank_size,
+        rank_v=value.rank_size,
+        q_lifted=query.factor is not None,
+        v_lifted=value.factor is not None,
+        element_bytes=site.dtype.itemsize,
+        mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
+    )
     sram = _sram(device, options)
-    tile = attention_tiles.default_tile(**shape, sram_bytes=sram, has_mask=bool(site.masks))
+    tile = attention_tiles.default_tile(extents, sram)
     if tile is None:
         ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
         return (), 0, reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
-    return astuple(tile), attention_tiles.sram_bytes_of(tile, **shape), None
+    return astuple(tile), attention_tiles.sram_bytes_of(tile, extents), None
 
 
 # ---- feed-forward -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
+from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytestmark = [
@@ -157,6 +158,34 @@ def test_every_tile(tile):
         torch.bfloat16, queries=300, keys=200, ranks=(40, 64, 37), is_causal=True, mask=padding
     )
     assert_right(*operands, tile=tile)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("rank", [32, 40, 96])
+@pytest.mark.parametrize("seen", [(0, 512), (0, 448), (0, 320), (64, 512), (65, 400), (200, 201)])
+def test_keys_seen_from_one_to_another(seen, rank, is_causal):
+    """Whole tiles and parts of tiles hidden at either end; every tile must agree."""
+    latents, operands = random_operands(
+        torch.bfloat16, batch=1, queries=512, keys=512, ranks=(rank,) * 3, is_causal=is_causal
+    )
+    keys = torch.arange(512, device="cuda")
+    operands["mask"] = ((keys >= seen[0]) & (keys < seen[1]))[None, None, None]
+    for tile in (None, TileConfig(64, 64, 4, 3), TileConfig(128, 64, 8, 3)):
+        assert_right(latents, operands, tile=tile)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("factor", [4, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_later_keys_that_score_far_higher(dtype, factor, is_causal):
+    """Their sums leave the range in which the first tile's maximum serves."""
+    latents, operands = random_operands(dtype, queries=300, keys=300, is_causal=is_causal)
+    latents[1][:, :, 200:210] *= factor
+    output = rank_space_attention(*latents, **operands)
+    double = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in operands.items()}
+    exact = reference([x.double() for x in latents], double)
+    # Scores of hundreds round to tenths in 16 bits: both err by much, and not alike.
+    assert (output - exact).norm() <= 3 * (reference(latents, operands) - exact).norm()
 
 
 def test_shared_latents_and_empty_extents():

@@ -85,7 +85,9 @@ def test_bert_under_inductor_serves_many_lengths_from_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = bert().to(torch.bfloat16)
-    compiled = torch.compile(model, backend="flashsvd", options=FORCED, dynamic=True)
+    # Inductor's padding of small matmuls guards the number of rows, in any model.
+    options = {**FORCED, "shape_padding": False}
+    compiled = torch.compile(model, backend="flashsvd", options=options, dynamic=True)
     for batch, length in ((2, 64), (3, 129), (5, 17), (4, 300)):
         check(model, compiled, tokens(batch, length, padded=True), torch.bfloat16)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -95,6 +95,18 @@ def added(hidden, batch, heads, queries, keys, generator):
     return mask
 
 
+def hidden_at(*spans):
+    """Keys hidden from all queries, as fractions of their number: [start, stop) of each span."""
+
+    def mask(batch, heads, queries, keys, generator):
+        seen = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+        for start, stop in spans:
+            seen[1:, ..., round(start * keys) : round(stop * keys)] = False
+        return seen
+
+    return mask
+
+
 CASES = {
     "plain": {},
     "rank_1": {"ranks": (1, 1, 1)},
@@ -120,6 +132,12 @@ CASES = {
     "causal_more_queries": {"is_causal": True, "queries": 50, "keys": 20},
     "causal_whole_tiles": {"is_causal": True, "queries": 32, "keys": 32},
     "padding": {"mask": padding},
+    "padding_on_the_left": {"mask": hidden_at((0, 0.6))},
+    "padding_on_the_left_causal": {"mask": hidden_at((0, 0.6)), "is_causal": True},
+    "padding_of_whole_tiles": {"mask": hidden_at((0, 0.25), (0.5, 1)), "keys": 64},
+    "padding_whole_tiles_causal": {"mask": hidden_at((0.5, 1)), "keys": 64, "is_causal": True},
+    "holes": {"mask": hidden_at((0.1, 0.15), (0.4, 0.7)), "keys": 80},
+    "more_keys_than_scanned_at_once": {"mask": hidden_at((0, 0.6), (0.9, 1)), "keys": 1500},
     "any_bool": {"mask": any_bool},
     "any_bool_causal": {"mask": any_bool, "is_causal": True},
     "per_query": {"mask": per_query},
@@ -245,6 +263,41 @@ def test_every_tile_shape_agrees(tile, is_causal):
     assert_as_exact_as_eager(
         rank_space_attention(*latents, **keywords, tile=config), latents, keywords
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [None, padding, any_bool, partial(added, SOFT)])
+@pytest.mark.parametrize("grows", [True, False], ids=["later", "hidden"])
+def test_scores_far_from_those_of_the_first_tile(dtype, mask, grows):
+    """The first tile's maximum serves all keys unless a sum tells that it is too far from theirs:
+    when keys that follow score higher by hundreds, or those of the first tile did and are hidden.
+    """
+    latents, keywords = operands(ranks=(16, 16, 16), keys=48, mask=mask, dtype=dtype)
+    q, k, v = latents
+    far = slice(30, 40) if grows else slice(0, 4)
+    k[:, :, far] *= 60
+    if not grows:
+        keys = torch.arange(48, device=DEVICE)
+        keywords["mask"] = (keys >= 4)[None, None, None] if mask is None else keywords["mask"]
+    output = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    if dtype == torch.float32:
+        assert_as_exact_as_eager(output, latents, keywords)
+    else:  # scores of hundreds round to tenths: both err by much, and not alike
+        wide_latents, wide_keywords = to_float64(latents, keywords)
+        exact = lifted_attention(*wide_latents, **wide_keywords)
+        eager_error = (lifted_attention(*latents, **keywords) - exact).norm()
+        assert (output - exact).norm() <= 4 * eager_error
+
+
+def test_a_query_that_is_not_a_number_spoils_its_own_row_only():
+    (q, k, v), keywords = operands()
+    clean = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    q = q.clone()
+    q[0, 0, 3] = float("nan")
+    spoilt = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    assert spoilt[0, 0, 3].isnan().all()
+    spoilt[0, 0, 3] = clean[0, 0, 3]
+    torch.testing.assert_close(spoilt, clean, rtol=0, atol=1e-6)
 
 
 def test_default_tile_runs():

@@ -1,0 +1,153 @@
+"""Compiled kernels never read a uniform register that some path leaves unwritten.
+
+ptxas 12.8, which Triton 3.6 ships, hoists the address of a matmul's operand into a block that a
+branch can skip, and uses it after: the matmul then reads anywhere. Results alone show that only on
+the inputs that take the branch, so the machine code itself is read.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from flashsvd_compile.kernels import attention, feed_forward
+from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
+from flashsvd_compile.kernels.feed_forward_tiles import TILES_WIDE_GATED
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+WRITES_UNIFORM = ("U", "S2UR", "R2UR", "REDUX", "CS2UR", "LDCU")
+ALWAYS_WRITTEN = {63}  # URZ
+
+
+def unwritten_reads(cubin: bytes) -> list[str]:
+    """The instructions that may read a uniform register before it is written."""
+    code, labels = disassembled(cubin)
+    reads_and_writes = [uniform_registers(text) for text in code]
+    written: list[set[int] | None] = [None] * len(code)
+    written[0] = set(ALWAYS_WRITTEN)
+    pending = [0]
+    while pending:  # on every path: the intersection over all ways to get there
+        index = pending.pop()
+        after = (written[index] or set()) | reads_and_writes[index][1]
+        for following in successors(code, labels, index):
+            before = written[following]
+            now = after if before is None else before & after
+            if now != before:
+                written[following] = set(now)
+                pending.append(following)
+    return [
+        f"{index}: {text}"
+        for index, text in enumerate(code)
+        if (known := written[index]) is not None and reads_and_writes[index][0] - known
+    ]
+
+
+def disassembled(cubin: bytes) -> tuple[list[str], dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run(
+            [DISASSEMBLER, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+    return code, labels
+
+
+def successors(code: list[str], labels: dict[str, int], index: int) -> list[int]:
+    text = code[index]
+    is_predicated = text.startswith("@") or re.search(r"BRA\S*\s+!?UP", text)
+    found = []
+    if target := re.search(r"BRA.*?(\.L_[^)\s`]+)", text):
+        found.append(labels[target[1]])
+    ends = re.match(r"(EXIT|BRA)\b", text) and not is_predicated
+    if not ends and index + 1 < len(code):
+        found.append(index + 1)
+    return [i for i in found if i < len(code)]
+
+
+def uniform_registers(text: str) -> tuple[set[int], set[int]]:
+    """(read, written) by one instruction."""
+    text = re.sub(r"^@!?U?P\w+\s+", "", text)
+    op, _, rest = text.partition(" ")
+    operands = [operand.strip() for operand in rest.split(",")]
+    written: set[int] = set()
+    target = re.fullmatch(r"UR(\d+)", operands[0])
+    if target and op.startswith(WRITES_UNIFORM):
+        width = 2 if ".64" in op or "WIDE" in op else 4 if ".128" in op else 1
+        written = {int(target[1]) + i for i in range(width)}
+        operands = operands[1:]
+    read: set[int] = set()
+    for operand in operands:
+        for register in map(int, re.findall(r"\bUR(\d+)", operand)):
+            if "gdesc" in operand:  # the pair of B is the second; A's is used if A is no register
+                both = len(operands) > 1 and operands[1].startswith("gdesc")
+                read |= {register + i for i in (range(4) if both else (2, 3))}
+            else:
+                is_pair = "desc[" in operand or op.startswith("UIADD3.64")
+                read |= {register, register + 1} if is_pair else {register}
+    return read, written
+
+
+def compiled(kernel) -> list[bytes]:
+    caches = kernel.device_caches[torch.cuda.current_device()][0].values()
+    return [entry.asm["cubin"] for entry in caches]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def test_reads_of_unwritten_registers_are_found():
+    assert uniform_registers("@!P0 UIADD3 UR4, UP0, UR6, 0x2, URZ") == ({6}, {4})
+    assert uniform_registers("UIMAD.WIDE UR4, UR5, 0x8, URZ") == ({5}, {4, 5})
+    assert uniform_registers("HGMMA.64x32x16.F32.BF16 R56, R84, gdesc[UR4], RZ")[0] == {6, 7}
+    assert uniform_registers("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24")[0] == {4, 5, 6, 7}
+    code = ["UMOV UR4, URZ", "@P0 BRA `(.L_x_1)", "UMOV UR5, URZ", "IADD3 R0, R1, UR5, RZ", "EXIT"]
+    assert successors(code, {".L_x_1": 3}, 1) == [3, 2]
+    assert successors(code, {}, 4) == []
+
+
+@pytest.mark.parametrize("mask", ["none", "scanned", "rows", "added"])
+@pytest.mark.parametrize("rank", [16, 32, 40, 64, 96, 128])
+def test_attention(rank, mask):
+    q, k, v = (normal(1, 2, 200, rank) for _ in "qkv")
+    factors = {f"{x}_factor": normal(2, 64, rank) for x in "qkv"}
+    shown = torch.rand(1, 1, 200 if mask in ("rows", "added") else 1, 200, device="cuda") > 0.3
+    shown = shown.float() if mask == "added" else None if mask == "none" else shown
+    for tile in {*TILES_NARROW[:4], *TILES_WIDE[:4]}:
+        for is_causal in (False, True):
+            attention.rank_space_attention(
+                q, k, v, **factors, q_bias=normal(2, 64), v_bias=normal(2, 64), mask=shown,
+                num_heads=2, is_causal=is_causal, scale=0.125, tile=tile,
+            )  # fmt: skip
+    for cubin in compiled(attention._rank_space_attention_kernel):
+        assert unwritten_reads(cubin) == []
+
+
+@pytest.mark.parametrize("rank_gate", [None, 64, 300])
+@pytest.mark.parametrize("rank", [16, 64, 240, 300])
+def test_feed_forward(rank, rank_gate):
+    gate = {}
+    if rank_gate is not None:
+        gate = {"gate": normal(200, rank_gate), "gate_factor": normal(400, rank_gate)}
+    for tile in (None, *TILES_WIDE_GATED[-4:]):
+        feed_forward.streamed_feed_forward(
+            normal(200, rank), normal(400, rank), normal(min(rank, 256), 400),
+            activation="silu", up_bias=normal(400), tile=tile, **gate,
+        )  # fmt: skip
+    for cubin in compiled(feed_forward._feed_forward_kernel):
+        assert unwritten_reads(cubin) == []
