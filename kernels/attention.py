@@ -2,13 +2,26 @@
 
     q̃      = (P_q V_qᵀ + b_q) V_k                    once a tile of queries
     S      = scale · q̃ P_kᵀ + mask                   streamed over tiles of keys
-    output = (softmax(S) P_v) V_vᵀ + b_v             online softmax; lifted in the epilogue
+    output = (softmax(S) P_v) V_vᵀ + b_v             lifted in the epilogue
 
 Operands, shapes and the rule of heads: ``attention_operands.py``. Notation here: B batch, H
 heads, M queries, N keys, D and D_V head dims, R_Q, R_K, R_V ranks; BLOCK_M × BLOCK_N a tile of
 scores. R_K and R_V are padded to a power of two on chip. The lifts at either end walk D, R_Q and
-D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. The rows of X begin at
-multiples of ALIGNED_X bytes.
+D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. The rows of X begin
+at multiples of ALIGNED_X bytes.
+
+No running maximum. softmax is the same whatever is subtracted from a row of S, as long as the
+exponentials stay within their format. So the maximum of the first tile of keys is subtracted from
+all, and nothing is rescaled on the way; a row whose sum comes out beyond LEAST_SUM or MOST_SUM
+sends its tile of queries round again, with the true maxima, found in a pass over the keys.
+
+Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
+after the last that it shows are skipped, and tiles before the first that it then hides are read
+without it. Any other mask is read tile by tile.
+
+No branch goes around a matmul that another follows: ptxas 12.8, which Triton 3.6 ships, computes
+operands' addresses in blocks that such a branch skips (tests/gpu/test_machine_code.py). So there
+is one loop over keys, never empty, and the second attempt stands last, with its own epilogue.
 
 Operations: 2·M·N·(R_K + R_V) a head, against 4·M·N·D lifted. Bytes from memory: the latents, the
 factors and the output, once a tile of queries; P_k and P_v are copied first where their rank is
@@ -16,15 +29,15 @@ not innermost in memory (see `_rank_innermost`). Never in memory: Q, K, V at ful
 scores, probabilities, the latent output, and the mask at more than its own shape.
 
 Rounds to the operands' dtype: the lifted query, q̃ (times the scale where it is computed),
-probabilities, the latent output, the output. All else is float32. Exponentials are of base 2;
+exponentials, the latent output, the output. All else is float32. Exponentials are of base 2;
 log2(e) is folded into the scale, except under an additive mask: finfo.min · log2(e) would
-overflow to -inf, so there the row's maximum is subtracted first.
+overflow to -inf, so there the reference is subtracted first.
 """
 
 import torch
 import triton
 import triton.language as tl
-from flashsvd_compile.kernels.attention_operands import AttentionShape, attention_shape
+from flashsvd_compile.kernels.attention_operands import attention_shape
 from flashsvd_compile.kernels.attention_tiles import (
     SWIZZLE_BYTES,
     AttentionExtents,
@@ -32,6 +45,7 @@ from flashsvd_compile.kernels.attention_tiles import (
     default_tile,
     lift_chunk,
     rank_padded,
+    sram_bytes_of,
 )
 from flashsvd_compile.kernels.primitives import dot, is_empty, is_multiple, launch, row_alignment
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -543,8 +557,21 @@ def rank_space_attention(
     width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
     if not all(_is_rank_contiguous(x) for x in (q, k, v, q_factor, k_factor, v_factor)):
         width = SWIZZLE_BYTES // q.element_size()
-    if tile is None:
-        tile = _default_tile(shape, q, q_factor is not None, v_factor is not None, mask, width)
+    extents = AttentionExtents(
+        head_dim_qk=shape.head_dim_qk,
+        head_dim_v=shape.head_dim_v,
+        rank_q=max(shape.rank_q, width),
+        rank_k=max(shape.rank_k, width),
+        rank_v=max(shape.rank_v, width),
+        q_lifted=q_factor is not None,
+        v_lifted=v_factor is not None,
+        element_bytes=q.element_size(),
+        mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
+    )
+    sram_bytes = _sram_bytes(q.device)
+    # A tile may be planned before it is known how the operands lie in memory.
+    if tile is None or sram_bytes_of(tile, extents) > sram_bytes:
+        tile = _default_tile(extents, sram_bytes)
 
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     programs = triton.cdiv(shape.queries, tile.block_m) * num_heads * shape.batch
@@ -621,34 +648,18 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
 
 
-def _default_tile(
-    shape: AttentionShape,
-    q: Tensor,
-    q_lifted: bool,
-    v_lifted: bool,
-    mask: Tensor | None,
-    width: int,
-) -> TileConfig:
-    if q.is_cuda:
-        properties = torch.cuda.get_device_properties(q.device)
-        sram_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    else:
-        sram_bytes = INTERPRETER_SRAM_BYTES
-    extents = AttentionExtents(
-        head_dim_qk=shape.head_dim_qk,
-        head_dim_v=shape.head_dim_v,
-        rank_q=max(shape.rank_q, width),
-        rank_k=max(shape.rank_k, width),
-        rank_v=max(shape.rank_v, width),
-        q_lifted=q_lifted,
-        v_lifted=v_lifted,
-        element_bytes=q.element_size(),
-        mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
-    )
+def _sram_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_SRAM_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _default_tile(extents: AttentionExtents, sram_bytes: int) -> TileConfig:
     tile = default_tile(extents, sram_bytes)
     if tile is None:
         raise ValueError(
-            f"no attention tile of ranks {shape.rank_q}, {shape.rank_k}, {shape.rank_v} fits "
+            f"no attention tile of ranks {extents.rank_q}, {extents.rank_k}, {extents.rank_v} fits "
             f"{sram_bytes} bytes of shared memory"
         )
     return tile

@@ -8,7 +8,8 @@ class TileConfig:
     """Extents of one program's tile.
 
     ``block_m`` rows (queries or tokens); ``block_n`` columns streamed per step (keys, or
-    intermediate features); ``num_warps`` and ``num_stages`` as Triton means them.
+    intermediate features); ``num_warps`` and ``num_stages`` as Triton means them;
+    ``max_registers`` a thread, 0 for as many as the compiler likes.
     """
 
     block_m: int

@@ -8,14 +8,15 @@ the inputs that take the branch, so the machine code itself is read.
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 from flashsvd_compile.kernels import attention, feed_forward
-from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
-from flashsvd_compile.kernels.feed_forward_tiles import TILES_WIDE_GATED
+from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +86,9 @@ def uniform_registers(text: str) -> tuple[set[int], set[int]]:
     op, _, rest = text.partition(" ")
     operands = [operand.strip() for operand in rest.split(",")]
     written: set[int] = set()
-    target = re.fullmatch(r"UR(\d+)", operands[0])
+    if re.fullmatch(r"UP\d", operands[0]):  # some write a predicate ahead of the register
+        operands = operands[1:]
+    target = re.fullmatch(r"UR(\d+)", operands[0]) if operands else None
     if target and op.startswith(WRITES_UNIFORM):
         width = 2 if ".64" in op or "WIDE" in op else 4 if ".128" in op else 1
         written = {int(target[1]) + i for i in range(width)}
@@ -102,9 +105,12 @@ def uniform_registers(text: str) -> tuple[set[int], set[int]]:
     return read, written
 
 
-def compiled(kernel) -> list[bytes]:
-    caches = kernel.device_caches[torch.cuda.current_device()][0].values()
-    return [entry.asm["cubin"] for entry in caches]
+def compiled_by(kernel, call: Callable[[], object]) -> list[bytes]:
+    """Machine code of ``kernel`` that ``call`` was the first to need in this process."""
+    cache = kernel.device_caches[torch.cuda.current_device()][0]
+    before = set(cache)
+    call()
+    return [entry.asm["cubin"] for key, entry in cache.items() if key not in before]
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -113,6 +119,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 def test_reads_of_unwritten_registers_are_found():
     assert uniform_registers("@!P0 UIADD3 UR4, UP0, UR6, 0x2, URZ") == ({6}, {4})
+    assert uniform_registers("ULOP3.LUT UP0, UR31, UR27, 0x7f, URZ, 0xc0, !UPT") == ({27}, {31})
     assert uniform_registers("UIMAD.WIDE UR4, UR5, 0x8, URZ") == ({5}, {4, 5})
     assert uniform_registers("HGMMA.64x32x16.F32.BF16 R56, R84, gdesc[UR4], RZ")[0] == {6, 7}
     assert uniform_registers("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24")[0] == {4, 5, 6, 7}
@@ -121,21 +128,22 @@ def test_reads_of_unwritten_registers_are_found():
     assert successors(code, {}, 4) == []
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("mask", ["none", "scanned", "rows", "added"])
 @pytest.mark.parametrize("rank", [16, 32, 40, 64, 96, 128])
-def test_attention(rank, mask):
+def test_attention(rank, mask, is_causal):
     q, k, v = (normal(1, 2, 200, rank) for _ in "qkv")
-    factors = {f"{x}_factor": normal(2, 64, rank) for x in "qkv"}
+    operands = {f"{x}_factor": normal(2, 64, rank) for x in "qkv"}
+    operands |= {f"{x}_bias": normal(2, 64) for x in "qv"}
     shown = torch.rand(1, 1, 200 if mask in ("rows", "added") else 1, 200, device="cuda") > 0.3
-    shown = shown.float() if mask == "added" else None if mask == "none" else shown
-    for tile in {*TILES_NARROW[:4], *TILES_WIDE[:4]}:
-        for is_causal in (False, True):
-            attention.rank_space_attention(
-                q, k, v, **factors, q_bias=normal(2, 64), v_bias=normal(2, 64), mask=shown,
-                num_heads=2, is_causal=is_causal, scale=0.125, tile=tile,
-            )  # fmt: skip
-    for cubin in compiled(attention._rank_space_attention_kernel):
-        assert unwritten_reads(cubin) == []
+    operands["mask"] = {"none": None, "added": shown.float()}.get(mask, shown)
+    for tile in (None, TileConfig(128, 64, 8, 3)):
+        launch = partial(
+            attention.rank_space_attention, q, k, v, **operands,
+            num_heads=2, is_causal=is_causal, scale=0.125, tile=tile,
+        )  # fmt: skip
+        for cubin in compiled_by(attention._rank_space_attention_kernel, launch):
+            assert unwritten_reads(cubin) == []
 
 
 @pytest.mark.parametrize("rank_gate", [None, 64, 300])
@@ -144,10 +152,10 @@ def test_feed_forward(rank, rank_gate):
     gate = {}
     if rank_gate is not None:
         gate = {"gate": normal(200, rank_gate), "gate_factor": normal(400, rank_gate)}
-    for tile in (None, *TILES_WIDE_GATED[-4:]):
-        feed_forward.streamed_feed_forward(
-            normal(200, rank), normal(400, rank), normal(min(rank, 256), 400),
-            activation="silu", up_bias=normal(400), tile=tile, **gate,
-        )  # fmt: skip
-    for cubin in compiled(feed_forward._feed_forward_kernel):
+    launch = partial(
+        feed_forward.streamed_feed_forward,
+        normal(200, rank), normal(400, rank), normal(min(rank, 256), 400),
+        activation="silu", up_bias=normal(400), **gate,
+    )  # fmt: skip
+    for cubin in compiled_by(feed_forward._feed_forward_kernel, launch):
         assert unwritten_reads(cubin) == []
