@@ -1,7 +1,8 @@
 """What was found and decided in a graph: as rows, as a table, as JSON, as files."""
 
+import itertools
 import json
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +110,9 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
 def dump(directory: Path, rewritten: Rewritten) -> None:
     """Write the graph before and after, the sites as JSON and the report as text.
 
-    Files are named ``graph_K_...`` with the first K that is free, and appear whole or not at all.
+    They lie in ``directory/graph_K``, K the first that is free, also among several processes; the
+    four appear together or not at all.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    index = next(k for k in range(10**6) if not (directory / f"graph_{k}_report.txt").exists())
     sites = site_reports(rewritten)
     record = {"sites": [s.to_dict() for s in sites], "seconds": rewritten.seconds}
     contents = {
@@ -121,11 +121,16 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
         "sites.json": json.dumps(record, indent=2),
         "report.txt": f"{summary(sites)}\n\n{site_table(sites)}\n",
     }
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".graph_", dir=directory))
     for name, text in contents.items():
-        _write(directory / f"graph_{index}_{name}", text)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+        (unfinished / name).write_text(text)
+    unfinished.chmod(0o755)
+    for index in itertools.count():
+        target = directory / f"graph_{index}"
+        try:
+            unfinished.rename(target)
+            return
+        except OSError:
+            if not target.exists():  # else another graph's: a directory replaces an empty one only
+                raise

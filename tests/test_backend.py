@@ -168,7 +168,7 @@ def test_inductor_compiles_the_rewritten_graph(model, x, tmp_path):
     with no_pass_may_fail():
         result = compiled(model, compiler="inductor", debug_dir=tmp_path)(x)
     torch.testing.assert_close(result, model(x))
-    assert "flashsvd.row_blocks" in (tmp_path / "graph_0_after.py").read_text()
+    assert "flashsvd.row_blocks" in (tmp_path / "graph_0" / "after.py").read_text()
 
 
 # ---- a pass fails -------------------------------------------------------------------------------
@@ -228,21 +228,21 @@ def test_debug_dir(model, x, tmp_path):
     run(x)
     run(torch.randn(7, 12))
     names = ["after.py", "before.py", "report.txt", "sites.json"]
-    assert sorted(p.name for p in directory.iterdir()) == [
-        f"graph_{k}_{name}" for k in (0, 1) for name in names
-    ]
-    before = (directory / "graph_0_before.py").read_text()
-    after = (directory / "graph_0_after.py").read_text()
+    assert sorted(p.name for p in directory.iterdir()) == ["graph_0", "graph_1"]
+    for graph in directory.iterdir():
+        assert sorted(p.name for p in graph.iterdir()) == names
+    before = (directory / "graph_0" / "before.py").read_text()
+    after = (directory / "graph_0" / "after.py").read_text()
     assert "aten.gelu" in before
     assert "flashsvd" not in before
     assert "aten.gelu" not in after
     assert "flashsvd.row_blocks_feed_forward" in after
-    record = json.loads((directory / "graph_0_sites.json").read_text())
+    record = json.loads((directory / "graph_0" / "sites.json").read_text())
     assert set(record["seconds"]) == {"normalize", "analysis", "plan", "rewrite"}
     (site,) = [s for s in record["sites"] if s["kind"] == "feed_forward"]
     assert site["lowering"] == "row_blocks"
     assert site["plan"]["ranks"] == {"up": "4", "down": "4"}
-    assert "row_blocks" in (directory / "graph_0_report.txt").read_text()
+    assert "row_blocks" in (directory / "graph_0" / "report.txt").read_text()
 
 
 def test_logs_are_quiet_by_default(model, x, caplog):

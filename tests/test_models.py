@@ -176,9 +176,9 @@ def test_every_layer_is_fused_and_right(family, attention, spelling, tmp_path):
     model, given = make(family, attention, spelling), inputs(family)
     compiled = compile_(model, options={"debug_dir": tmp_path})
     assert_as_good_as_eager(model, compiled, given)
-    sites = json.loads((tmp_path / "graph_0_sites.json").read_text())["sites"]
+    sites = json.loads((tmp_path / "graph_0" / "sites.json").read_text())["sites"]
     assert fused(sites) == EVERY_LAYER
-    assert not (tmp_path / "graph_1_sites.json").exists()
+    assert not (tmp_path / "graph_1" / "sites.json").exists()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -196,7 +196,7 @@ def test_explain(family, attention):
 def test_without_a_padding_mask(family, attention, tmp_path):
     model, given = make(family, attention, "compress_"), inputs(family, padded=False)
     assert_as_good_as_eager(model, compile_(model, options={"debug_dir": tmp_path}), given)
-    sites = json.loads((tmp_path / "graph_0_sites.json").read_text())["sites"]
+    sites = json.loads((tmp_path / "graph_0" / "sites.json").read_text())["sites"]
     assert fused(sites) == EVERY_LAYER
 
 
