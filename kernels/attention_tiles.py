@@ -141,7 +141,7 @@ def sram_bytes_of(tile: TileConfig, of: AttentionExtents) -> int:
         loop = stages * key_values + beside
         output += 2 * m * chunk_dv
     lifting = (n + chunk_d) * padded_k + max((m + chunk_d) * chunk_q, converted)
-    mask = m * n * max(of.mask_bytes, stages) if of.mask_bytes else 0
+    mask = m * n * of.mask_bytes * stages
     size = of.element_bytes
     return max(lifting * size, loop * size + mask, output * size) + SRAM_SLACK_BYTES
 

@@ -13,7 +13,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # Triton's interpreter computes ``tl.dot`` of bfloat16 wrongly (seen in 3.9), so interpreted
-# kernels multiply in float32. Fixed at import, as is Triton's own choice to interpret.
+# kernels multiply in float32; and it truncates to bfloat16, so they err more than compiled ones.
+# Fixed at import, as is Triton's own choice to interpret.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -43,11 +44,16 @@ def launch(
     """
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "INTERPRETED": INTERPRETED}
     constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if isinstance(operands[0], (FunctionalTensor, FakeTensor)):
+    if is_traced(operands[0]):
         kernel = torch.library.wrap_triton(kernel)
     else:
         constants["maxnreg"] = tile.max_registers or None
     kernel[(programs,)](*operands, **constants)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler traces it, so that it has a shape but no memory."""
+    return isinstance(tensor, (FunctionalTensor, FakeTensor))
 
 
 def is_empty(tensor: Tensor) -> bool:
@@ -63,13 +69,13 @@ def is_multiple(size: int | torch.SymInt, of: int) -> bool:
 def row_alignment(operand: Tensor | None) -> int:
     """The largest power of two up to 16 bytes that all rows of ``operand`` begin at multiples of.
 
-    1 where its last dimension is not the contiguous one. Triton sees this only of a stride that is
-    a multiple of 16, and loads a row of rank 40 element by element.
+    1 where its last dimension is not the contiguous one. Triton itself sees this only of strides
+    that are multiples of 16, and loads a row of rank 40 element by element.
     """
     if operand is None or not statically_known_true(operand.stride(-1) == 1):
         return 1
     size = operand.element_size()
-    alignment = 16
-    while not all(is_multiple(s * size, alignment) for s in operand.stride()[:-1]):
-        alignment //= 2
-    return alignment
+    # Whole storages are aligned; a traced tensor has no address yet.
+    start = operand.storage_offset() * size if is_traced(operand) else operand.data_ptr()
+    steps = [start, *(stride * size for stride in operand.stride()[:-1])]
+    return next(n for n in (16, 8, 4, 2, 1) if all(is_multiple(step, n) for step in steps))

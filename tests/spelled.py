@@ -70,7 +70,7 @@ def check(
     with no_pass_may_fail():
         for args in calls:
             assert_as_good_as_eager(model, compiled, args)
-    dumps = sorted(into.glob("graph_*_sites.json"))
+    dumps = sorted(into.glob("graph_*/sites.json"))
     assert len(dumps) == graphs, f"{len(dumps)} graphs were compiled"
     sites = [site for dump in dumps for site in json.loads(dump.read_text())["sites"]]
     __tracebackhide__ = True

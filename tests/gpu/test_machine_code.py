@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from flashsvd_compile.kernels import attention, feed_forward
+from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -142,7 +142,7 @@ def test_attention(rank, mask, is_causal):
             attention.rank_space_attention, q, k, v, **operands,
             num_heads=2, is_causal=is_causal, scale=0.125, tile=tile,
         )  # fmt: skip
-        for cubin in compiled_by(attention._rank_space_attention_kernel, launch):
+        for cubin in compiled_by(attention_kernel.rank_space_attention_kernel, launch):
             assert unwritten_reads(cubin) == []
 
 

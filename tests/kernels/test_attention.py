@@ -265,28 +265,63 @@ def test_every_tile_shape_agrees(tile, is_causal):
     )
 
 
+def hole(batch, heads, queries, keys, generator):
+    return ~((torch.arange(keys) > 0) & (torch.arange(keys) < 5))[None, None, None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", [None, padding, any_bool, partial(added, SOFT)])
-@pytest.mark.parametrize("grows", [True, False], ids=["later", "hidden"])
-def test_scores_far_from_those_of_the_first_tile(dtype, mask, grows):
+@pytest.mark.parametrize("mask", [None, hole, any_bool, partial(added, SOFT)])
+@pytest.mark.parametrize("factor", [-60, -8, 8, 60])
+def test_scores_far_from_those_of_the_first_tile(dtype, mask, factor):
     """The first tile's maximum serves all keys unless a sum tells that it is too far from theirs:
-    when keys that follow score higher by hundreds, or those of the first tile did and are hidden.
+    when keys that follow score higher by far, or those of the first tile did and are hidden.
     """
-    latents, keywords = operands(ranks=(16, 16, 16), keys=48, mask=mask, dtype=dtype)
-    q, k, v = latents
-    far = slice(30, 40) if grows else slice(0, 4)
-    k[:, :, far] *= 60
-    if not grows:
-        keys = torch.arange(48, device=DEVICE)
-        keywords["mask"] = (keys >= 4)[None, None, None] if mask is None else keywords["mask"]
+    (q, k, v), keywords = operands(ranks=(16, 16, 16), keys=48, mask=mask, dtype=dtype)
+    k[:, :, slice(1, 5) if mask is hole else slice(30, 40)] *= factor
     output = rank_space_attention(q, k, v, **keywords, tile=TILE)
-    if dtype == torch.float32:
-        assert_as_exact_as_eager(output, latents, keywords)
-    else:  # scores of hundreds round to tenths: both err by much, and not alike
-        wide_latents, wide_keywords = to_float64(latents, keywords)
-        exact = lifted_attention(*wide_latents, **wide_keywords)
-        eager_error = (lifted_attention(*latents, **keywords) - exact).norm()
-        assert (output - exact).norm() <= 4 * eager_error
+    wide_latents, wide_keywords = to_float64((q, k, v), keywords)
+    exact = lifted_attention(*wide_latents, **wide_keywords)
+    eager_error = (lifted_attention(q, k, v, **keywords) - exact).norm()
+    # Scores of hundreds carry their rounding into the exponent: both err by much, and not alike.
+    ulp = torch.finfo(dtype).eps * exact.norm()
+    assert (output - exact).norm() <= 4 * (eager_error + ulp)
+
+
+@pytest.mark.parametrize(("position", "seen"), [(40, slice(0, 64)), (1, slice(2, 64))])
+def test_float16_neither_overflows_nor_loses_digits(position, seen):
+    """One key scores 14 above the others: e¹⁴ is beyond float16, and e⁻¹⁴ below its full digits.
+    It follows the first tile in one case, and in the other it is of that tile, and hidden.
+    """
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.float16, device=DEVICE)
+    k = torch.zeros(1, 1, 64, 16, dtype=torch.float16, device=DEVICE)
+    q[..., 0] = 1
+    k[..., position, 0] = 14
+    v = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0)).to(q)
+    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)
+    mask[..., : seen.start] = False
+    mask[..., 0] = True
+    operands_ = {"num_heads": 1, "scale": 1.0, "mask": mask}
+    exact = lifted_attention(q.double(), k.double(), v.double(), **operands_)
+    output = rank_space_attention(q, k, v, **operands_, tile=TILE)
+    assert (output - exact).abs().max() <= 4 * torch.finfo(torch.float16).eps
+
+
+def test_hidden_tiles_are_not_read():
+    (q, k, v), keywords = operands(keys=96)
+    keys = torch.arange(96, device=DEVICE)
+    keywords["mask"] = ((keys >= 32) & (keys < 64))[None, None, None]
+    expected = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    for latent in (k, v):
+        latent[:, :, :32] = float("nan")
+        latent[:, :, 64:] = float("nan")
+    assert torch.equal(rank_space_attention(q, k, v, **keywords, tile=TILE), expected)
+
+
+def test_a_query_that_is_not_a_number_and_sees_nothing_gives_zero():
+    (q, k, v), keywords = operands(mask=padding)
+    q = q.clone()
+    q[0, 0, 3] = float("nan")
+    assert rank_space_attention(q, k, v, **keywords, tile=TILE)[0].eq(0).all()
 
 
 def test_a_query_that_is_not_a_number_spoils_its_own_row_only():

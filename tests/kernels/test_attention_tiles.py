@@ -84,7 +84,7 @@ def test_nothing_fits_a_rank_too_large():
 def test_a_mask_with_rows_takes_its_tile():
     tile = TileConfig(64, 64, 4, 3)
     without = sram_bytes_of(tile, BERT)
-    assert sram_bytes_of(tile, replace(BERT, mask_bytes=4)) == without + 64 * 64 * 4
+    assert sram_bytes_of(tile, replace(BERT, mask_bytes=4)) == without + 64 * 64 * 4 * 3
     assert sram_bytes_of(tile, replace(BERT, mask_bytes=1)) == without + 64 * 64 * 3
 
 
@@ -94,6 +94,8 @@ COMPILED = [
     (of_rank(40), TileConfig(128, 32, 4, 4), 36864),
     (of_rank(40), TileConfig(64, 64, 4, 3), 49152),
     (of_rank(64), TileConfig(128, 64, 8, 3), 49152),
+    (replace(BERT, mask_bytes=4), TileConfig(64, 64, 4, 3), 32768),
+    (replace(BERT, mask_bytes=1), TileConfig(64, 64, 4, 3), 32768),
     (replace(BERT, element_bytes=4), TileConfig(64, 64, 4, 3), 57344),
     (of_rank(40, element_bytes=4), TileConfig(128, 64, 8, 3), 131072),
     (of_rank(40, element_bytes=4), TileConfig(64, 32, 4, 2), 57344),
@@ -102,7 +104,8 @@ COMPILED = [
 
 @pytest.mark.parametrize(("case", "tile", "compiled"), COMPILED)
 def test_predicts_at_least_what_the_compiler_takes(case, tile, compiled):
-    assert compiled <= sram_bytes_of(tile, case) <= 1.7 * compiled
+    # Whether a mask's tile is loaded ahead, once a stage, depends on how the mask lies in memory.
+    assert compiled <= sram_bytes_of(tile, case) <= (2.5 if case.mask_bytes else 1.7) * compiled
 
 
 def test_is_data_that_imports_no_triton():

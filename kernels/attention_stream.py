@@ -1,0 +1,190 @@
+"""The loops over keys of rank-space attention: what a mask shows, scores, maxima, weighted sums.
+
+Notation as in ``attention_kernel.py``. ``position`` is the first key of a tile, at which ``k``,
+``v`` and ``mask`` point. MASK is "none", "scanned" (boolean and alike for all queries), "rows"
+(boolean, differing between queries) or "added" (floating).
+"""
+
+import triton
+import triton.language as tl
+from flashsvd_compile.kernels.primitives import dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Keys of which a mask that is alike for all queries is read at once, ahead of the loop.
+SCANNED_KEYS = tl.constexpr(1024)
+
+
+@triton.jit
+def load_tile(
+    base,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    row_limit,
+    column_limit,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_COLUMNS: tl.constexpr,
+    ALIGNED_ROWS: tl.constexpr = 1,
+    ALIGNED_COLUMNS: tl.constexpr = 1,
+):
+    """A 2-D tile at int64 ``rows`` [I, 1] and ``columns`` [1, J]; zero beyond the limits.
+
+    Along a dimension that is contiguous in memory each run of it begins at a multiple of
+    ALIGNED_… bytes; 1 leaves it to the compiler, which a hint of 1 would make forget what it knows.
+    """
+    pointers = base + (rows * stride_row + columns * stride_column)
+    if ALIGNED_ROWS * ALIGNED_COLUMNS > 1:
+        pointers = tl.multiple_of(pointers, (ALIGNED_ROWS, ALIGNED_COLUMNS))
+    if CHECK_ROWS and CHECK_COLUMNS:
+        tile = tl.load(pointers, mask=(rows < row_limit) & (columns < column_limit), other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(pointers, mask=rows < row_limit, other=0.0)
+    elif CHECK_COLUMNS:
+        tile = tl.load(pointers, mask=columns < column_limit, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_bias(base, columns, stride, limit, FIT: tl.constexpr):
+    """A bias at int64 ``columns``, in float32; zero beyond the limit."""
+    if FIT:
+        vector = tl.load(base + columns * stride)
+    else:
+        vector = tl.load(base + columns * stride, mask=columns < limit, other=0.0)
+    return vector.to(tl.float32)
+
+
+@triton.jit
+def seen_keys(mask, stride_mn, N, CHUNK: tl.constexpr):
+    """What a mask that is alike for all queries leaves of the keys, as three positions.
+
+    The first key that it shows, the first one after it that it hides, and one past the last that
+    it shows; ``(N, N, 0)`` where it shows none.
+    """
+    first_seen = N
+    first_hidden = N
+    end = N * 0
+    for first_key in tl.range(0, N, CHUNK):
+        keys = first_key + tl.arange(0, CHUNK)
+        is_inside = keys < N
+        is_seen = tl.load(mask + keys.to(tl.int64) * stride_mn, mask=is_inside, other=False)
+        first_seen = tl.minimum(first_seen, tl.min(tl.where(is_seen, keys, N)))
+        end = tl.maximum(end, tl.max(tl.where(is_seen, keys + 1, 0)))
+        is_hidden = is_inside & (is_seen == 0) & (keys > first_seen)
+        first_hidden = tl.minimum(first_hidden, tl.min(tl.where(is_hidden, keys, N)))
+    return first_seen, first_hidden, end
+
+
+@triton.jit
+def _masked_scores(
+    position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+    stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED_K: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Masked scores [BLOCK_M, BLOCK_N] of the keys from ``position`` on, where k and mask point."""
+    keys_left = N - position
+    keys_wide = keys.to(tl.int64)
+    if MASK == "added" or MASK == "rows":  # ahead of the dot, which hides the load
+        mask_tile = load_tile(
+            mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
+            M, keys_left, False, not FITS,
+        )  # fmt: skip
+    key_tile = load_tile(
+        k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
+        R_K, keys_left, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
+    )  # fmt: skip
+    scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
+    if not IS_SCALED:
+        scores = scores * scale
+    if MASK == "added":
+        scores += mask_tile.to(tl.float32)
+    elif MASK == "rows":
+        scores = tl.where(mask_tile, scores, float("-inf"))
+    if IS_CAUSAL or not FITS:  # noqa: SIM102 (this one is decided at compile time)
+        if position + BLOCK_N > first_checked:
+            seen = keys < keys_left
+            if MASK == "scanned":
+                seen = tl.load(mask + keys_wide * stride_mn, mask=seen, other=False)
+            seen = seen[None, :]
+            if IS_CAUSAL:
+                seen = seen & (position + keys[None, :] <= queries[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def row_maximum(
+    first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
+    stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The largest score of each query over [first_key, end); 0 where it sees none."""
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    keys = tl.arange(0, BLOCK_N)
+    step = tl.full([], BLOCK_N, tl.int64)
+    tl.assume(first_key < end)  # an empty loop is a branch around a matmul
+    for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
+        scores = _masked_scores(
+            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        maximum = tl.maximum(maximum, tl.max(scores, 1))
+        k += step * stride_kn
+        mask += step * stride_mn
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def stream_keys(
+    first_key, first_checked, end, reference, q_latent, k, v, mask,
+    queries, ranks_k, ranks_v, mask_rows,
+    stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+    R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Over the keys of [first_key, end): the sum of exp2(score - reference), and that of P_v so
+    weighted. ``k``, ``v`` and ``mask`` point at ``first_key``."""
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
+    keys = tl.arange(0, BLOCK_N)
+    # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
+    step = tl.full([], BLOCK_N, tl.int64)
+    tl.assume(first_key < end)  # an empty loop is a branch around a matmul
+    for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
+        scores = _masked_scores(
+            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        weights = scores - reference[:, None]
+        if MASK == "added":
+            weights = weights * LOG2E
+        weights = tl.exp2(weights)
+        summed = weights
+        weights = weights.to(q_latent.dtype)
+        if not IS_SCALED:
+            summed = weights.to(tl.float32)
+        row_sum += tl.sum(summed, 1)
+        value_tile = load_tile(
+            v, keys.to(tl.int64)[:, None], ranks_v[None, :], stride_vn, stride_vr,
+            N - position, R_V, not FITS, R_V_PADDED > R_V, 1, ALIGNED_V,
+        )  # fmt: skip
+        latent = dot(weights, value_tile, latent, PRECISION, INTERPRETED)
+        k += step * stride_kn
+        v += step * stride_vn
+        mask += step * stride_mn
+    return row_sum, latent
