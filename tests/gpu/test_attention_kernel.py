@@ -188,6 +188,15 @@ def test_later_keys_that_score_far_higher(dtype, factor, is_causal):
     assert (output - exact).norm() <= 3 * (reference(latents, operands) - exact).norm()
 
 
+@pytest.mark.parametrize("ranks", [(20, 24, 20), (35, 32, 29), (40, 40, 40), (8, 48, 40)], ids=str)
+def test_latents_that_begin_anywhere_in_one_tensor(ranks):
+    """A fused projection cut unequally: rows begin at 2, 8 or 16 bytes."""
+    _, operands = random_operands(torch.bfloat16, ranks=ranks)
+    whole = torch.randn(2, 128, 2, sum(ranks), device="cuda").bfloat16()
+    latents = [part.transpose(1, 2) for part in whole.split(ranks, -1)]
+    assert_right(latents, operands)
+
+
 def test_shared_latents_and_empty_extents():
     assert_right(*random_operands(torch.bfloat16, heads=4, latent_heads=1))
     assert_right(*random_operands(torch.bfloat16, heads=4, latent_heads=2))

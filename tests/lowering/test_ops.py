@@ -1,0 +1,47 @@
+"""The compiler that follows sees a Triton kernel's launch as a node, and library operators not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "traced_launches.py"
+
+
+def traced(*arguments: str) -> dict:
+    """What the graph holds, traced by a process in which Triton is not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=environment | {"PYTHONPATH": str(SCRIPT.parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shapes", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["attention", "feed_forward"])
+def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
+    found = traced(name, "cuda:0", shapes)
+    assert found["launches"] == ["triton_kernel_wrapper_functional"]
+    assert found["copied"] in ([["out"]], [["out_ptr"]])
+    assert found["operators"] == []
+    assert found["guards"] == []
+
+
+def test_a_traced_launch_knows_how_rows_are_aligned():
+    """Latents of rank 40 that are thirds of one tensor begin at multiples of 16 bytes."""
+    found = traced("attention", "cuda:0", "dynamic")
+    assert set(found["alignments"][0].values()) == {16}
+
+
+def test_on_a_cpu_the_operator_stays_whole():
+    found = traced("attention", "cpu", "static")
+    assert found["launches"] == []
+    assert found["operators"] == ["flashsvd.rank_space_attention.default"]

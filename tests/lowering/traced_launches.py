@@ -1,0 +1,102 @@
+"""Traces operators on tensors that only say they are on a GPU, and prints what the graph holds.
+
+Run by `test_ops.py` in a process of its own: there Triton compiles instead of interpreting, and
+takes its target from a driver that needs no device.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from flashsvd_compile.lowering import ops
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from triton.backends.compiler import GPUTarget
+
+
+class Hopper:
+    """What Triton asks of a driver in order to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor, factor: Tensor, mask: Tensor) -> tuple[Tensor]:
+        batch, rows, _ = x.shape
+        latents = [part.view(batch, rows, 4, 40).transpose(1, 2) for part in x.chunk(3, -1)]
+        result = ops.rank_space_attention(
+            *latents, factor, None, factor, factor, None, mask,
+            num_heads=4, is_causal=False, scale=0.125, tile=[64, 64, 4, 3, 0],
+        )  # fmt: skip
+        return (result,)
+
+
+class FeedForward(nn.Module):
+    def forward(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor]:
+        latent = x.flatten(0, 1)
+        result = ops.streamed_feed_forward(
+            latent, up, down, activation="gelu", tile=[64, 64, 4, 3, 0]
+        )
+        return (result,)
+
+
+def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return {
+        "attention": (
+            Attention(),
+            [empty(6, 77, 480), empty(4, 64, 40), empty(6, 1, 1, 77, dtype=torch.bool)],
+        ),
+        "feed_forward": (FeedForward(), [empty(6, 77, 64), empty(256, 64), empty(64, 256)]),
+    }
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Hopper())
+    name, device, is_dynamic = sys.argv[1], sys.argv[2], sys.argv[3] == "dynamic"
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    with FakeTensorMode():
+        module, inputs = sizes(device)[name]
+    variable = {6, 77} if is_dynamic else set()
+    traced = [
+        mode.from_tensor(
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
+            symbolic_context=StatelessSymbolicContext(
+                [DimDynamic.DUCK if n in variable else DimDynamic.STATIC for n in x.shape]
+            ),
+        )
+        for x in inputs
+    ]
+    with mode:
+        traced = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in traced]
+    graph = aot_export_module(module, traced, trace_joint=False)[0].graph
+    launches = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    record = {
+        "operators": [str(n.target) for n in graph.nodes if "flashsvd" in str(n.target)],
+        "launches": [str(node.target) for node in launches],
+        "copied": [node.kwargs["tensors_to_clone"] for node in launches],
+        "alignments": [
+            {k: v for k, v in node.kwargs["kwargs"].items() if k.startswith("ALIGNED")}
+            for node in launches
+        ],
+        "guards": [str(guard.expr) for guard in shapes.guards],
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
