@@ -69,16 +69,22 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
         ],
         "blocks": [
             Shape(
-                f"{block_rows} rows a block",
+                f"r{rank} {block_rows} rows a block",
                 "latent",
                 4096,
                 768,
-                3072,
-                64,
+                width,
+                rank,
                 dtype="float32",
                 block_rows=block_rows,
             )
-            for block_rows in (32, 64, 128, 256)
+            for width, rank in ((3072, 64), (1536, 153))
+            for block_rows in (128, 256, 512, 1024)
+        ],
+        "crossover": [
+            Shape(f"{rows} rows r{rank}", "latent", rows, 768, width, rank, dtype="float32")
+            for width, rank in ((3072, 64), (1536, 153))
+            for rows in (256, 512, 1024, 2048, 4096)
         ],
     },
 }

@@ -4,8 +4,9 @@
                               S[block] = h U_dᵀ + b_d     written straight into the output
 
 Operands as in ``feed_forward_reference.py``. Only [block_rows, F] exists of the intermediate
-(twice when gated), whatever the number of rows, and on a CPU it stays in cache between the three
-operators that touch it. Each operator rounds to the dtype, as unfused. No autograd.
+(twice when gated), whatever the number of rows, and where the last cache is large enough it stays
+there between the three operators that touch it. Each operator rounds to the dtype, as unfused. No
+autograd.
 """
 
 import torch
@@ -16,12 +17,13 @@ from flashsvd_compile.kernels.feed_forward_reference import (
 )
 from torch import Tensor
 
-# Each thread's share of [block_rows, F] lies in its second-level cache (2 MiB here) beside the
-# factors' panels. Xeon with AVX-512, 2 threads, torch 2.13.0, float32, F 3072, rank 64, 2026-11-25,
-# `python -m bench.feed_forward --device cpu --shapes blocks`: from 64 to 256 rows the time is the
-# same within a tenth, 32 rows take a fifth more.
-CPU_BLOCK_BYTES_PER_THREAD = 768 * 1024
-CPU_MIN_BLOCK_ROWS = 64
+# A matmul wants rows, memory does not. Xeon with AVX-512, 2 threads, torch 2.13.0, float32,
+# 2026-11-25, medians of 60 interleaved rounds against Inductor at 4096 rows: F 3072, ranks 128 and
+# 240, 1.5 and 1.3 times as fast in blocks of 256 rows, 1.7 and 1.4 of 512, 1.8 and 1.5 of 1024;
+# F 1536, rank 153, 0.97, 1.07 and 1.12. `python -m bench.feed_forward --device cpu --shapes blocks`
+# repeats it; with `--shapes crossover` nothing lost from two blocks on.
+CPU_BLOCK_ROWS = 512
+CPU_FASTEST_FROM_BLOCKS = 2
 
 # A block's second GEMM writes [block_rows, R_d] only: enough rows for this many waves of
 # GEMM_TILE × GEMM_TILE output tiles over the multiprocessors. On an H100 at rank 1024 (4224 rows of
@@ -54,13 +56,7 @@ def row_blocks_feed_forward(
     rank_down, intermediate_size = down_factor.shape
     out = allocate_feed_forward_output(up, rank_down, out)
     if block_rows is None:
-        block_rows = default_block_rows(
-            intermediate_size=intermediate_size,
-            rank_down=rank_down,
-            element_bytes=up.element_size(),
-            gated=gate is not None,
-            device=up.device,
-        )
+        block_rows = default_block_rows(rank_down=rank_down, device=up.device)
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
 
@@ -82,23 +78,13 @@ def row_blocks_feed_forward(
     return out
 
 
-def default_block_rows(
-    *,
-    intermediate_size: int,
-    rank_down: int,
-    element_bytes: int,
-    gated: bool,
-    device: torch.device,
-) -> int:
-    """Rows of a block: what stays in cache on a CPU, what fills the GEMMs on a GPU."""
+def default_block_rows(*, rank_down: int, device: torch.device) -> int:
+    """Rows of a block: as few as keep the GEMMs fast."""
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         column_tiles = max(1, -(-rank_down // GEMM_TILE))
         return GEMM_TILE * -(-GPU_WAVES * multiprocessors // column_tiles)
-    row_bytes = max(1, intermediate_size) * element_bytes * (2 if gated else 1)
-    block_bytes = CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
-    # A multiple of 16 keeps the GEMM's row panels whole.
-    return max(CPU_MIN_BLOCK_ROWS, block_bytes // row_bytes // 16 * 16)
+    return CPU_BLOCK_ROWS
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

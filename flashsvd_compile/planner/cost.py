@@ -12,6 +12,7 @@ import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
+from flashsvd_compile.kernels.feed_forward_blocks import CPU_FASTEST_FROM_BLOCKS
 from flashsvd_compile.kernels.feed_forward_tiles import (
     STREAMED_FASTEST_UP_TO_RANK,
     STREAMED_FASTEST_UP_TO_RANK_GATED,
@@ -20,9 +21,6 @@ from flashsvd_compile.planner.device import Device
 
 # The size that an unbounded symbol is judged at when no example size is known.
 UNKNOWN_SIZE = 4096
-
-# Below this an intermediate stays in a CPU's second-level cache between its two matmuls.
-CACHED_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,20 @@ def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size
 
 
 def cheapest_feed_forward(
-    site: FeedForwardSite, device: Device, hints: Mapping[Size, int], names: Sequence[str]
+    site: FeedForwardSite,
+    device: Device,
+    hints: Mapping[Size, int],
+    names: Sequence[str],
+    block_rows: int,
 ) -> str:
-    """The fastest of ``names``.
+    """The fastest of ``names``, as measured.
 
-    On a CPU blocks that stay in cache beat an intermediate that does not. On a GPU the ranks up to
-    which a stream wins were measured; row blocks save memory there, not time.
+    On a CPU row blocks win as soon as there are a few; on a GPU they save memory, not time, and
+    ranks up to a limit are streamed.
     """
-    tokens, width = _at(volume(site.tokens), hints), int(volume(site.width))
-    intermediate = tokens * width * site.dtype.itemsize
     if device.type != "cuda":
-        return "row_blocks" if intermediate > CACHED_BYTES else "unfused"
+        tokens = _at(volume(site.tokens), hints)
+        return "row_blocks" if tokens >= CPU_FASTEST_FROM_BLOCKS * block_rows else "unfused"
     ranks = [site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0]
     fastest_up_to = STREAMED_FASTEST_UP_TO_RANK_GATED if site.gate else STREAMED_FASTEST_UP_TO_RANK
     if "streamed" in names and site.dtype.itemsize == 2 and max(ranks) <= fastest_up_to:

@@ -139,11 +139,15 @@ def _plan_feed_forward(
     base = cost.feed_forward_bytes(site)
     unfused = Plan(site, "unfused", _lost(site, "streamed and row_blocks"), base, base)
     streamed = _streamed(site, device, options)
-    legal = {"row_blocks": _row_blocks(site), "unfused": unfused}
+    row_blocks = _row_blocks(site)
+    legal = {"row_blocks": row_blocks, "unfused": unfused}
     if isinstance(streamed, Plan):
         legal["streamed"] = streamed
     if (forced := options.feed_forward) == "auto":
-        plan = legal[cost.cheapest_feed_forward(site, device, hints, list(legal))]
+        fastest = cost.cheapest_feed_forward(
+            site, device, hints, list(legal), row_blocks.block_rows
+        )
+        plan = legal[fastest]
         reason = plan.reason
     elif forced in legal:
         plan, reason = legal[forced], reason_at(site.node, Code.FORCED, f"feed_forward={forced!r}")
@@ -175,13 +179,8 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
 
 def _row_blocks(site: FeedForwardSite) -> Plan:
     width, element = int(volume(site.width)), site.dtype.itemsize
-    rows = feed_forward_blocks.default_block_rows(
-        intermediate_size=width,
-        rank_down=int(volume(site.out)),
-        element_bytes=element,
-        gated=site.gate is not None,
-        device=site.device,
-    )
+    rank_down = int(volume(site.out))
+    rows = feed_forward_blocks.default_block_rows(rank_down=rank_down, device=site.device)
     held = sympy.Min(rows, volume(site.tokens)) * width * element * (1 if site.gate is None else 2)
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
     return Plan(site, "row_blocks", reason, held, block_rows=rows)

@@ -5,7 +5,6 @@ import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_blocks import (
-    CPU_MIN_BLOCK_ROWS,
     default_block_rows,
     row_blocks_feed_forward,
 )
@@ -146,11 +145,8 @@ def test_row_blocks_hold_one_block(rank_gate):
     assert largest.numel == 64 * intermediate
 
 
-def test_row_blocks_default_is_a_share_of_cache_on_a_cpu():
-    shape = {"rank_down": 64, "element_bytes": 4, "device": torch.device("cpu")}
-    rows = default_block_rows(intermediate_size=3072, gated=False, **shape)
-    assert rows >= default_block_rows(intermediate_size=3072, gated=True, **shape)
-    assert default_block_rows(intermediate_size=10**6, gated=False, **shape) == CPU_MIN_BLOCK_ROWS
+def test_default_row_blocks_run():
+    rows = default_block_rows(rank_down=8, device=torch.device("cpu"))
     operands = random_operands(rows + 1, 8, 40, 8, torch.float32)
     assert_right(row_blocks, operands, "gelu", block_rows=None)
 
