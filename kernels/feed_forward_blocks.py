@@ -20,8 +20,13 @@ from torch import Tensor
 # A matmul wants rows, memory does not. Xeon with AVX-512, 2 threads, torch 2.13.0, float32,
 # 2026-11-25, medians of 60 interleaved rounds against Inductor at 4096 rows: F 3072, ranks 128 and
 # 240, 1.5 and 1.3 times as fast in blocks of 256 rows, 1.7 and 1.4 of 512, 1.8 and 1.5 of 1024;
-# F 1536, rank 153, 0.97, 1.07 and 1.12. `python -m bench.feed_forward --device cpu --shapes blocks`
-# repeats it; with `--shapes crossover` nothing lost from two blocks on.
+# F 1536, rank 153, 0.97, 1.07 and 1.12.
+#
+# Those are two cases. An intermediate beyond 32 MiB is given back to the system at each call
+# (glibc's largest mmap threshold) and its pages faulted in anew: there blocks win. Below, from two
+# blocks on, both take the same time within what the placement of memory alone changes, 0.8 to 1.2
+# of each other (`python -m bench.feed_forward --device cpu --shapes crossover`, also `blocks`), and
+# bytes decide.
 CPU_BLOCK_ROWS = 512
 CPU_FASTEST_FROM_BLOCKS = 2
 

@@ -74,8 +74,8 @@ def cheapest_feed_forward(
 ) -> str:
     """The fastest of ``names``, as measured.
 
-    On a CPU row blocks win as soon as there are a few; on a GPU they save memory, not time, and
-    ranks up to a limit are streamed.
+    On a CPU row blocks are never slower by more than noise as soon as there are two, and save
+    memory; on a GPU they save memory and cost time, and ranks up to a limit are streamed.
     """
     if device.type != "cuda":
         tokens = _at(volume(site.tokens), hints)
