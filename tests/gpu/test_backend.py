@@ -1,9 +1,14 @@
 """Whole models on a GPU through the public door: the route that ran, and how right it is."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import flashsvd_compile as fsc
@@ -143,3 +148,59 @@ def test_a_smaller_sram_budget_still_runs(budget):
     assert all(p.sram_bytes <= int(budget.removesuffix("KiB")) * 1024 for p in plans)
     compiled = torch.compile(model, backend="flashsvd", options=options)
     check(model, compiled, tokens(2, 50, True), torch.bfloat16)
+
+
+WARM_START = """
+import json, torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+linear = lambda i, r, o: nn.Sequential(nn.Linear(i, r, bias=False), nn.Linear(r, o))
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (linear(128, 32, 128) for _ in "qkv")
+        self.up, self.down = linear(128, 32, 512), linear(512, 32, 128)
+    def forward(self, x):
+        q, k, v = (m(x).unflatten(-1, (2, 64)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.down(nn.functional.gelu(self.up(mixed.transpose(1, 2).flatten(2))))
+model = Layer().to("cuda", torch.bfloat16)
+options = {"attention": "rank_space", "feed_forward": "streamed"}
+with torch.no_grad():
+    x = torch.randn(2, 100, 128, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0.05, atol=0.02)
+events = {kind: dict(counters[kind]) for kind in ("inductor", "aot_autograd")}
+print(json.dumps(events))
+"""
+
+
+def test_a_warm_start_finds_the_kernels_in_the_caches(tmp_path):
+    """The launches that Inductor sees are cached with the graph; the kernels are not lost on it."""
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", WARM_START],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1])["aot_autograd"])
+    assert [run.get("autograd_cache_bypass", 0) for run in found] == [0, 0]
+    assert [run.get("autograd_cache_hit", 0) for run in found] == [0, 1]
+
+
+def test_inductor_writes_the_launches_itself():
+    """No operator of ours is called, and nothing is copied before a kernel writes its output."""
+    torch._dynamo.reset()
+    model = bert().to(torch.bfloat16)
+    compiled = torch.compile(model, backend="flashsvd", options=FORCED)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(lambda: compiled(**tokens(2, 64, padded=True)))
+    assert "rank_space_attention_kernel" in code
+    assert "_feed_forward_kernel" in code
+    assert "torch.ops.flashsvd" not in code
