@@ -21,6 +21,9 @@ from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Of the second and third axis of a CUDA grid.
+MAX_GRID_EXTENT = 65535
+
 # Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
 INTERPRETER_SRAM_BYTES = 99 * 1024
 
@@ -90,7 +93,10 @@ def rank_space_attention(
         )
         tile = _tile_that_fits(tile, extents, _sram_bytes(q.device))
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    programs = triton.cdiv(shape.queries, tile.block_m) * num_heads * shape.batch
+    # By axis: a division by the number of tiles would stand at the start of every program.
+    batches = 1 if shape.batch <= MAX_GRID_EXTENT else -(-shape.batch // MAX_GRID_EXTENT)
+    tiles = triton.cdiv(shape.queries, tile.block_m)
+    grid = (tiles, num_heads * batches, triton.cdiv(shape.batch, batches))
     operands = (
         # An absent operand is passed as q with strides of 0; the kernel never reads it.
         q, k, v,
@@ -101,10 +107,11 @@ def rank_space_attention(
         *_strides(k_factor, 3), *_strides(v_factor, 3), *_strides(v_bias, 2),
         *_mask_strides(mask),
         *out.stride(),
-        scale, shape.queries, shape.keys,
+        scale, shape.batch, shape.queries, shape.keys,
     )  # fmt: skip
     launch(
-        rank_space_attention_kernel, programs, tile, operands,
+        rank_space_attention_kernel, grid, tile, operands,
+        BATCHES=batches,
         H=num_heads, H_Q=q.shape[1], H_K=k.shape[1], H_V=v.shape[1],
         H_FQ=_heads(q_factor), H_BQ=_heads(q_bias), H_FK=_heads(k_factor),
         H_FV=_heads(v_factor), H_BV=_heads(v_bias),

@@ -186,8 +186,8 @@ def rank_space_attention_kernel(
     stride_vbh, stride_vbd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
-    scale, M, N,
-    H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
+    scale, B, M, N,
+    BATCHES: tl.constexpr, H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
     H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
     H_FV: tl.constexpr, H_BV: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr,
@@ -203,13 +203,13 @@ def rank_space_attention_kernel(
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over all their keys."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    pair = tl.program_id(0) // tiles
-    batch = (pair // H).to(tl.int64)
-    head = (pair % H).to(tl.int64)
+    tile = tl.program_id(0)
+    head = (tl.program_id(1) % H).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    if BATCHES > 1:  # more than one axis of the grid holds; those beyond the last repeat it
+        batch = tl.minimum(batch * BATCHES + tl.program_id(1) // H, B - 1)
     if IS_CAUSAL:  # the longest rows first, so that the last programs to run are short
-        tile = tiles - 1 - tile
+        tile = tl.num_programs(0) - 1 - tile
     first_query = tile * BLOCK_M
 
     q += batch * stride_qb + head // (H // H_Q) * stride_qh

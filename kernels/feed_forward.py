@@ -206,7 +206,7 @@ def streamed_feed_forward(
     )
     launch(
         _feed_forward_kernel,
-        triton.cdiv(rows, tile.block_m),
+        (triton.cdiv(rows, tile.block_m),),
         tile,
         operands,
         F=intermediate_size,

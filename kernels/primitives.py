@@ -32,7 +32,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 def launch(
     kernel: Any,
-    programs: int | torch.SymInt,
+    grid: tuple[int | torch.SymInt, ...],
     tile: TileConfig,
     operands: Sequence[Any],
     **constants: Any,
@@ -48,7 +48,7 @@ def launch(
         kernel = torch.library.wrap_triton(kernel)
     else:
         constants["maxnreg"] = tile.max_registers or None
-    kernel[(programs,)](*operands, **constants)
+    kernel[grid](*operands, **constants)
 
 
 def is_traced(tensor: Tensor) -> bool:

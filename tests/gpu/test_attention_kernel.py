@@ -188,6 +188,10 @@ def test_later_keys_that_score_far_higher(dtype, factor, is_causal):
     assert (output - exact).norm() <= 3 * (reference(latents, operands) - exact).norm()
 
 
+def test_a_batch_beyond_one_axis_of_the_grid():
+    assert_right(*random_operands(torch.bfloat16, batch=70000, heads=1, queries=3, keys=5))
+
+
 @pytest.mark.parametrize("ranks", [(20, 24, 20), (35, 32, 29), (40, 40, 40), (8, 48, 40)], ids=str)
 def test_latents_that_begin_anywhere_in_one_tensor(ranks):
     """A fused projection cut unequally: rows begin at 2, 8 or 16 bytes."""

@@ -335,6 +335,14 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row_only():
     torch.testing.assert_close(spoilt, clean, rtol=0, atol=1e-6)
 
 
+def test_a_batch_beyond_one_axis_of_the_grid(monkeypatch):
+    monkeypatch.setattr("flashsvd_compile.kernels.attention.MAX_GRID_EXTENT", 3)
+    for batch in (3, 4, 7):
+        latents, keywords = operands(batch=batch, mask=padding)
+        output = rank_space_attention(*latents, **keywords, tile=TILE)
+        assert_as_exact_as_eager(output, latents, keywords)
+
+
 def test_default_tile_runs():
     latents, keywords = operands(batch=1, ranks=(40, 24, 40))
     assert_as_exact_as_eager(rank_space_attention(*latents, **keywords), latents, keywords)
