@@ -17,10 +17,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import AttentionExtents, candidate_tiles
 from torch import Tensor
@@ -85,21 +87,24 @@ def operands(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], dict]:
 
 def contestants(shape: Shape, device: str) -> dict[str, Callable[[], Tensor]]:
     latents, keywords = operands(shape, device)
+    of = AttentionOperands(*latents, **keywords)
     calls: dict[str, Callable[[], Tensor]] = {
-        "lifted inductor": partial(
-            torch.compile(lifted_attention, dynamic=False), *latents, **keywords
-        ),
-        "lifted eager": partial(lifted_attention, *latents, **keywords),
+        "lifted inductor": partial(torch.compile(lifted, dynamic=False), *latents, **keywords),
+        "lifted eager": partial(lifted, *latents, **keywords),
         "dense sdpa": _dense(shape, device, keywords.get("mask")),
-        "library": partial(rank_space_attention_library, *latents, **keywords),
+        "library": partial(rank_space_attention_library, of),
     }
 
     if device == "cuda":
         from flashsvd_compile.kernels.attention import rank_space_attention
 
-        kernel = {"kernel": partial(rank_space_attention, *latents, **keywords)}
+        kernel = {"kernel": partial(rank_space_attention, of)}
         calls = {**kernel, **calls}
     return calls
+
+
+def lifted(*latents: Tensor, **keywords: Any) -> Tensor:
+    return lifted_attention(AttentionOperands(*latents, **keywords))
 
 
 def _dense(shape: Shape, device: str, mask: Tensor | None) -> Callable[[], Tensor]:
@@ -121,7 +126,7 @@ def check(shape: Shape, device: str, calls: dict[str, Callable[[], Tensor]]) -> 
     }
     if "mask" in few:
         few["mask"] = few["mask"][:GATE_BATCH]
-    exact = lifted_attention(*(x[:GATE_BATCH].double() for x in latents), **few)
+    exact = lifted(*(x[:GATE_BATCH].double() for x in latents), **few)
     eager_error = (calls["lifted eager"]()[:GATE_BATCH] - exact).norm()
     budget = 1.1 * eager_error + 2 * torch.finfo(latents[0].dtype).eps * exact.norm()
     for name, call in calls.items():
@@ -148,6 +153,7 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
     from flashsvd_compile.kernels.attention import rank_space_attention
 
     latents, keywords = operands(shape, "cuda")
+    of = AttentionOperands(*latents, **keywords)
     properties = torch.cuda.get_device_properties("cuda")
     extents = AttentionExtents(
         head_dim_qk=shape.head_dim,
@@ -162,7 +168,7 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
     sram_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     calls = {
         f"{t.block_m}x{t.block_n} warps {t.num_warps} stages {t.num_stages}": captured(
-            partial(rank_space_attention, *latents, **keywords, tile=t)
+            partial(rank_space_attention, of, tile=t)
         )
         for t in candidate_tiles(extents, sram_bytes)
     }

@@ -5,7 +5,7 @@ import functools
 import torch
 import triton
 from flashsvd_compile.kernels.attention_kernel import rank_space_attention_kernel
-from flashsvd_compile.kernels.attention_operands import attention_shape
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
     SWIZZLE_BYTES,
     AttentionExtents,
@@ -29,35 +29,14 @@ INTERPRETER_SRAM_BYTES = 99 * 1024
 
 
 def rank_space_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    of: AttentionOperands,
     *,
-    num_heads: int,
-    q_factor: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_factor: Tensor | None = None,
-    v_factor: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float,
     tile: TileConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer."""
-    shape = attention_shape(
-        q,
-        k,
-        v,
-        num_heads=num_heads,
-        q_factor=q_factor,
-        q_bias=q_bias,
-        k_factor=k_factor,
-        v_factor=v_factor,
-        v_bias=v_bias,
-        mask=mask,
-    )
+    shape, num_heads = of.shape, of.num_heads
+    q, k, v, mask = of.q, of.k, of.v, of.mask
     if q.dtype not in SUPPORTED_DTYPES:
         supported = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
         raise ValueError(f"the kernel runs {supported}, q is {q.dtype}")
@@ -76,7 +55,7 @@ def rank_space_attention(
         return out.zero_()
     k, v = _rank_innermost(k), _rank_innermost(v)
     width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
-    is_widened = not all(map(_is_rank_contiguous, (q, k, v, q_factor, k_factor, v_factor)))
+    is_widened = not all(map(_is_rank_contiguous, (q, k, v, of.q_factor, of.k_factor, of.v_factor)))
     if is_widened:
         width = SWIZZLE_BYTES // q.element_size()
     if tile is None or is_widened:
@@ -86,8 +65,8 @@ def rank_space_attention(
             rank_q=max(shape.rank_q, width),
             rank_k=max(shape.rank_k, width),
             rank_v=max(shape.rank_v, width),
-            q_lifted=q_factor is not None,
-            v_lifted=v_factor is not None,
+            q_lifted=of.q_factor is not None,
+            v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
         )
@@ -100,35 +79,36 @@ def rank_space_attention(
     operands = (
         # An absent operand is passed as q with strides of 0; the kernel never reads it.
         q, k, v,
-        *(q if x is None else x for x in (q_factor, q_bias, k_factor, v_factor, v_bias, mask)),
+        *(q if x is None else x for x in (of.q_factor, of.q_bias, of.k_factor)),
+        *(q if x is None else x for x in (of.v_factor, of.v_bias, mask)),
         out,
         *q.stride(), *k.stride(), *v.stride(),
-        *_strides(q_factor, 3), *_strides(q_bias, 2),
-        *_strides(k_factor, 3), *_strides(v_factor, 3), *_strides(v_bias, 2),
+        *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
+        *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_mask_strides(mask),
         *out.stride(),
-        scale, shape.batch, shape.queries, shape.keys,
+        of.scale, shape.batch, shape.queries, shape.keys,
     )  # fmt: skip
     launch(
         rank_space_attention_kernel, grid, tile, operands,
         BATCHES=batches,
         H=num_heads, H_Q=q.shape[1], H_K=k.shape[1], H_V=v.shape[1],
-        H_FQ=_heads(q_factor), H_BQ=_heads(q_bias), H_FK=_heads(k_factor),
-        H_FV=_heads(v_factor), H_BV=_heads(v_bias),
+        H_FQ=_heads(of.q_factor), H_BQ=_heads(of.q_bias), H_FK=_heads(of.k_factor),
+        H_FV=_heads(of.v_factor), H_BV=_heads(of.v_bias),
         D=shape.head_dim_qk, D_V=shape.head_dim_v,
         R_Q=shape.rank_q, R_K=shape.rank_k, R_V=shape.rank_v,
-        HAS_Q_FACTOR=q_factor is not None, HAS_Q_BIAS=q_bias is not None,
-        HAS_K_FACTOR=k_factor is not None,
-        HAS_V_FACTOR=v_factor is not None, HAS_V_BIAS=v_bias is not None,
-        MASK=_kind_of(mask), IS_CAUSAL=is_causal,
+        HAS_Q_FACTOR=of.q_factor is not None, HAS_Q_BIAS=of.q_bias is not None,
+        HAS_K_FACTOR=of.k_factor is not None,
+        HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
+        MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
         BLOCK_DV=lift_chunk(shape.head_dim_v, width),
         R_K_PADDED=rank_padded(shape.rank_k, width), R_V_PADDED=rank_padded(shape.rank_v, width),
         ALIGNED_Q=row_alignment(q), ALIGNED_K=row_alignment(k), ALIGNED_V=row_alignment(v),
-        ALIGNED_FQ=row_alignment(q_factor), ALIGNED_FK=row_alignment(k_factor),
-        ALIGNED_FV=row_alignment(v_factor),
+        ALIGNED_FQ=row_alignment(of.q_factor), ALIGNED_FK=row_alignment(of.k_factor),
+        ALIGNED_FV=row_alignment(of.v_factor),
         PRECISION="tf32" if tf32 else "ieee",
     )  # fmt: skip
     return out

@@ -15,72 +15,43 @@ import math
 
 import torch
 import torch.nn.functional as F
-from flashsvd_compile.kernels.attention_operands import AttentionShape, attention_shape
+from flashsvd_compile.kernels.attention_operands import AttentionOperands, AttentionShape
 from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
 from torch import Tensor
 
 
-def rank_space_attention_library(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    num_heads: int,
-    q_factor: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_factor: Tensor | None = None,
-    v_factor: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float,
-) -> Tensor:
+def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     """[B, H, M, D_v] in memory laid out [B, M, H, D_v]; differentiable."""
-    shape = attention_shape(
-        q,
-        k,
-        v,
-        num_heads=num_heads,
-        q_factor=q_factor,
-        q_bias=q_bias,
-        k_factor=k_factor,
-        v_factor=v_factor,
-        v_bias=v_bias,
-        mask=mask,
-    )
-    queries = _rank_space_queries(q, q_factor, q_bias, k_factor, shape)
+    shape, mask, is_causal = of.shape, of.mask, of.is_causal
+    queries = _rank_space_queries(of)
     if mask is not None:
-        mask = attention_mask(mask, is_causal, shape.queries, shape.keys, q.dtype)
+        mask = attention_mask(mask, is_causal, shape.queries, shape.keys, of.q.dtype)
     width = max(shape.rank_k, shape.rank_v)
-    kv_heads = math.lcm(k.shape[1], v.shape[1])  # divides num_heads, as both do
+    kv_heads = math.lcm(of.k.shape[1], of.v.shape[1])  # divides num_heads, as both do
     latent = F.scaled_dot_product_attention(
         _pad_rank(queries, width),
-        _pad_rank(repeat_heads(k, kv_heads, 1), width),
-        _pad_rank(repeat_heads(v, kv_heads, 1), width),
+        _pad_rank(repeat_heads(of.k, kv_heads, 1), width),
+        _pad_rank(repeat_heads(of.v, kv_heads, 1), width),
         attn_mask=mask,
         is_causal=is_causal and mask is None,
-        scale=scale,
-        enable_gqa=kv_heads != num_heads,
+        scale=of.scale,
+        enable_gqa=kv_heads != of.num_heads,
     )[..., : shape.rank_v]
-    output = _lift(latent, v_factor, None if shape.keys == 0 else v_bias, num_heads)
-    if v_bias is not None and mask is not None:
+    output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, of.num_heads)
+    if of.v_bias is not None and mask is not None:
         output = torch.where(_sees_a_key(mask), output, 0.0)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _rank_space_queries(
-    q: Tensor,
-    q_factor: Tensor | None,
-    q_bias: Tensor | None,
-    k_factor: Tensor | None,
-    shape: AttentionShape,
-) -> Tensor:
+def _rank_space_queries(of: AttentionOperands) -> Tensor:
     """q̃ [B, H, M, R_k], unscaled."""
-    num_heads = shape.num_heads
+    q, q_factor, q_bias, k_factor, num_heads = (
+        of.q, of.q_factor, of.q_bias, of.k_factor, of.num_heads,
+    )  # fmt: skip
     if k_factor is None:
         return _lift(q, q_factor, q_bias, num_heads)
     to_rank_k = k_factor.transpose(-1, -2)
-    if q_factor is None or not _is_absorbing_cheaper(shape):
+    if q_factor is None or not _is_absorbing_cheaper(of.shape):
         return _lift(_lift(q, q_factor, q_bias, num_heads), to_rank_k, None, num_heads)
     factor_heads = math.lcm(q_factor.shape[0], k_factor.shape[0])
     to_rank_k = repeat_heads(to_rank_k, factor_heads, 0)

@@ -25,7 +25,8 @@ key n iff n <= m, and the mask, if any, counts as well. A query that sees no key
 zero, without b_v. Strides are free, 0 among them: nothing is expanded to be read.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,57 +47,72 @@ class AttentionShape:
     rank_v: int
 
 
-def attention_shape(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    num_heads: int,
-    q_factor: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_factor: Tensor | None = None,
-    v_factor: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> AttentionShape:
-    """The extents of valid operands; a ValueError names the first that does not fit."""
-    latents = {"q": q, "k": k, "v": v}
-    for name, latent in latents.items():
-        if latent.dim() != 4:
-            raise ValueError(f"{name} must be [batch, heads, rows, rank], got {list(latent.shape)}")
-    batch, _, queries, rank_q = q.shape
-    keys, rank_k, rank_v = k.shape[2], k.shape[3], v.shape[3]
-    head_dim_qk = rank_q if q_factor is None else q_factor.shape[-2]
-    head_dim_v = rank_v if v_factor is None else v_factor.shape[-2]
+@dataclass(frozen=True)
+class AttentionOperands:
+    """One call's operands, by the table above.
 
-    _check("k", k, (batch, None, keys, rank_k if k_factor is not None else head_dim_qk))
-    _check("v", v, (batch, None, keys, rank_v))
-    operands = {
-        "q_factor": (q_factor, (None, head_dim_qk, rank_q)),
-        "k_factor": (k_factor, (None, head_dim_qk, rank_k)),
-        "v_factor": (v_factor, (None, head_dim_v, rank_v)),
-        "q_bias": (q_bias, (None, head_dim_qk)),
-        "v_bias": (v_bias, (None, head_dim_v)),
-    }
-    for name, (operand, expected) in operands.items():
-        if operand is not None:
-            _check(name, operand, expected)
+    ``shape`` holds its extents, and asks for them: a ValueError names the first operand that does
+    not fit the others.
+    """
 
-    given = latents | {name: x for name, (x, _) in operands.items() if x is not None}
-    for name, operand in given.items():
-        heads = operand.shape[1 if name in latents else 0]
-        if heads < 1 or num_heads % heads != 0:
-            raise ValueError(f"{name} has {heads} heads, which must divide num_heads {num_heads}")
-        if operand.dtype != q.dtype or operand.device != q.device:
-            raise ValueError(
-                f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
-                "all operands but the mask must share both"
-            )
-    if mask is not None:
-        _check_mask(mask, (batch, num_heads, queries, keys), q.device)
-    return AttentionShape(
-        batch, num_heads, queries, keys, head_dim_qk, head_dim_v, rank_q, rank_k, rank_v
-    )
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    _: KW_ONLY
+    num_heads: int
+    scale: float
+    q_factor: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_factor: Tensor | None = None
+    v_factor: Tensor | None = None
+    v_bias: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+    @cached_property
+    def shape(self) -> AttentionShape:
+        q, k, v, num_heads = self.q, self.k, self.v, self.num_heads
+        latents = {"q": q, "k": k, "v": v}
+        for name, latent in latents.items():
+            if latent.dim() != 4:
+                raise ValueError(
+                    f"{name} must be [batch, heads, rows, rank], got {list(latent.shape)}"
+                )
+        batch, _, queries, rank_q = q.shape
+        keys, rank_k, rank_v = k.shape[2], k.shape[3], v.shape[3]
+        head_dim_qk = rank_q if self.q_factor is None else self.q_factor.shape[-2]
+        head_dim_v = rank_v if self.v_factor is None else self.v_factor.shape[-2]
+
+        _check("k", k, (batch, None, keys, rank_k if self.k_factor is not None else head_dim_qk))
+        _check("v", v, (batch, None, keys, rank_v))
+        operands = {
+            "q_factor": (self.q_factor, (None, head_dim_qk, rank_q)),
+            "k_factor": (self.k_factor, (None, head_dim_qk, rank_k)),
+            "v_factor": (self.v_factor, (None, head_dim_v, rank_v)),
+            "q_bias": (self.q_bias, (None, head_dim_qk)),
+            "v_bias": (self.v_bias, (None, head_dim_v)),
+        }
+        for name, (operand, expected) in operands.items():
+            if operand is not None:
+                _check(name, operand, expected)
+
+        given = latents | {name: x for name, (x, _) in operands.items() if x is not None}
+        for name, operand in given.items():
+            heads = operand.shape[1 if name in latents else 0]
+            if heads < 1 or num_heads % heads != 0:
+                raise ValueError(
+                    f"{name} has {heads} heads, which must divide num_heads {num_heads}"
+                )
+            if operand.dtype != q.dtype or operand.device != q.device:
+                raise ValueError(
+                    f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
+                    "all operands but the self.mask must share both"
+                )
+        if self.mask is not None:
+            _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)
+        return AttentionShape(
+            batch, num_heads, queries, keys, head_dim_qk, head_dim_v, rank_q, rank_k, rank_v
+        )
 
 
 def _check(name: str, operand: Tensor, expected: tuple[int | None, ...]) -> None:

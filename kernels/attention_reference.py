@@ -9,50 +9,26 @@ dtype once, as an unfused model does.
 
 import torch
 import torch.nn.functional as F
-from flashsvd_compile.kernels.attention_operands import attention_shape
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from torch import Tensor
 
 
-def lifted_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    num_heads: int,
-    q_factor: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_factor: Tensor | None = None,
-    v_factor: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float,
-) -> Tensor:
+def lifted_attention(of: AttentionOperands) -> Tensor:
     """Lift q, k and v, then attend. Returns [B, H, M, D_v] in memory laid out [B, M, H, D_v]."""
-    shape = attention_shape(
-        q,
-        k,
-        v,
-        num_heads=num_heads,
-        q_factor=q_factor,
-        q_bias=q_bias,
-        k_factor=k_factor,
-        v_factor=v_factor,
-        v_bias=v_bias,
-        mask=mask,
-    )
-    queries = lift(q, q_factor, q_bias, num_heads)
-    keys = lift(k, k_factor, None, num_heads)
-    values = lift(v, v_factor, v_bias, num_heads)
+    shape = of.shape
+    queries = lift(of.q, of.q_factor, of.q_bias, of.num_heads)
+    keys = lift(of.k, of.k_factor, None, of.num_heads)
+    values = lift(of.v, of.v_factor, of.v_bias, of.num_heads)
+    mask = of.mask
     if mask is not None:
-        mask = attention_mask(mask, is_causal, shape.queries, shape.keys, q.dtype)
+        mask = attention_mask(mask, of.is_causal, shape.queries, shape.keys, of.q.dtype)
     output = F.scaled_dot_product_attention(
         queries,
         keys,
         values,
         attn_mask=mask,
-        is_causal=is_causal and mask is None,
-        scale=scale,
+        is_causal=of.is_causal and mask is None,
+        scale=of.scale,
     )
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
@@ -63,13 +64,13 @@ def _tile(tile: Sequence[int]) -> TileConfig | None:
 
 def _attention_on_library(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
     del tile
-    return rank_space_attention_library(**_attention_operands(tensors), **numbers)
+    return rank_space_attention_library(_attention_operands(tensors, numbers))
 
 
 def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
     from flashsvd_compile.kernels.attention import rank_space_attention as launch
 
-    return launch(**_attention_operands(tensors), **numbers, tile=_tile(tile))
+    return launch(_attention_operands(tensors, numbers), tile=_tile(tile))
 
 
 def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], activation: str) -> Tensor:
@@ -84,10 +85,12 @@ def _row_blocks(*tensors: Tensor | None, block_rows: int, activation: str) -> Te
     return row_blocks_feed_forward(**named, activation=activation, block_rows=block_rows)
 
 
-def _attention_operands(tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+def _attention_operands(
+    tensors: Sequence[Tensor | None], numbers: dict[str, Any]
+) -> AttentionOperands:
     named = _named(_ATTENTION_TENSORS, tensors)
     named.pop("k_bias", None)
-    return named
+    return AttentionOperands(**named, **numbers)
 
 
 def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tens
 
 def _lifted_attention(k_bias: Tensor | None = None, **operands: Any) -> Tensor:
     del k_bias
-    return lifted_attention(**operands)
+    return lifted_attention(AttentionOperands(**operands))
 
 
 _differentiable(

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from flashsvd_compile.kernels.attention import rank_space_attention
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -77,7 +78,7 @@ MASKS = {
 @sdpa_kernel(SDPBackend.MATH)
 def reference(latents, keywords):
     """The math form: fused backends differ in what they make of masks."""
-    return lifted_attention(*latents, **keywords)
+    return lifted_attention(AttentionOperands(*latents, **keywords))
 
 
 def assert_right(latents, keywords, **launch):
@@ -92,7 +93,9 @@ def assert_right(latents, keywords, **launch):
     memory = torch.full(
         (batch, queries, heads, head_dim_v), float("nan"), dtype=q.dtype, device="cuda"
     )
-    output = rank_space_attention(*latents, **keywords, out=memory.transpose(1, 2), **launch)
+    output = rank_space_attention(
+        AttentionOperands(*latents, **keywords), out=memory.transpose(1, 2), **launch
+    )
     if exact.numel() == 0:
         return
     budget = 1.1 * (reference(latents, keywords) - exact).norm()
@@ -144,7 +147,7 @@ def test_masks(mask, is_causal, dtype):
     )
     assert_right(latents, keywords)
     if mask is padding:
-        assert (rank_space_attention(*latents, **keywords)[0] == 0).all()
+        assert (rank_space_attention(AttentionOperands(*latents, **keywords))[0] == 0).all()
 
 
 @pytest.mark.parametrize("lifted", ["", "q", "k", "v", "qv", "kv"])
@@ -181,7 +184,7 @@ def test_later_keys_that_score_far_higher(dtype, factor, is_causal):
     """Their sums leave the range in which the first tile's maximum serves."""
     latents, operands = random_operands(dtype, queries=300, keys=300, is_causal=is_causal)
     latents[1][:, :, 200:210] *= factor
-    output = rank_space_attention(*latents, **operands)
+    output = rank_space_attention(AttentionOperands(*latents, **operands))
     double = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in operands.items()}
     exact = reference([x.double() for x in latents], double)
     # Scores of hundreds round to tenths in 16 bits: both err by much, and not alike.
@@ -211,10 +214,12 @@ def test_shared_latents_and_empty_extents():
 
 def test_tf32_where_allowed_and_only_there(monkeypatch):
     latents, keywords = random_operands(torch.float32, ranks=(40, 40, 40))
-    exact = rank_space_attention(*latents, **keywords)
+    exact = rank_space_attention(AttentionOperands(*latents, **keywords))
     assert_right(latents, keywords)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    error = (rank_space_attention(*latents, **keywords) - exact).norm() / exact.norm()
+    error = (
+        rank_space_attention(AttentionOperands(*latents, **keywords)) - exact
+    ).norm() / exact.norm()
     assert 2**-16 < error < 2**-8  # operands are cut to 10 bits after the leading one
 
 
@@ -253,6 +258,6 @@ def test_output_and_queries_beyond_2_to_the_31_elements():
     far = buffer.as_strided((1, 1, rows, 32), (0, 0, stride, 1), 0)
     far.copy_(latents[0])
     out = buffer.as_strided((1, 1, rows, 64), (0, 0, stride, 1), 128)
-    rank_space_attention(far, *latents[1:], **keywords, out=out)
-    near = rank_space_attention(*latents, **keywords)
+    rank_space_attention(AttentionOperands(far, *latents[1:], **keywords), out=out)
+    near = rank_space_attention(AttentionOperands(*latents, **keywords))
     assert torch.equal(out, near)

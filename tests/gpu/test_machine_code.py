@@ -17,6 +17,7 @@ import pytest
 import torch
 import triton
 from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -155,9 +156,10 @@ def test_attention(rank, tile, mask, is_causal, keys):
     shown = torch.rand(1, 1, keys if mask in ("rows", "added") else 1, keys, device="cuda") > 0.3
     operands["mask"] = {"none": None, "added": shown.float()}.get(mask, shown)
     launch = partial(
-        attention.rank_space_attention, q, k, v, **operands,
-        num_heads=2, is_causal=is_causal, scale=0.125, tile=tile,
-    )  # fmt: skip
+        attention.rank_space_attention,
+        AttentionOperands(q, k, v, **operands, num_heads=2, is_causal=is_causal, scale=0.125),
+        tile=tile,
+    )
     for cubin in compiled_by(attention_kernel.rank_space_attention_kernel, launch):
         assert unwritten_reads(cubin) == []
 

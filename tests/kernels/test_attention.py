@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
-from flashsvd_compile.kernels.attention_operands import attention_shape
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend
@@ -161,11 +161,11 @@ def to_float64(latents, keywords):
 def assert_as_exact_as_eager(output, latents, keywords):
     """At most 1.1 times the lifted expression's own error against float64, plus 4 ulp of 1."""
     wide_latents, wide_keywords = to_float64(latents, keywords)
-    exact = lifted_attention(*wide_latents, **wide_keywords)
+    exact = lifted_attention(AttentionOperands(*wide_latents, **wide_keywords))
     assert output.shape == exact.shape
     if exact.numel() == 0:
         return
-    eager_error = (lifted_attention(*latents, **keywords) - exact).abs().max()
+    eager_error = (lifted_attention(AttentionOperands(*latents, **keywords)) - exact).abs().max()
     error = (output - exact).abs().max()
     ulp = torch.finfo(output.dtype).eps * max(1.0, exact.abs().max().item())
     assert error <= 1.1 * eager_error + 4 * ulp
@@ -175,7 +175,9 @@ def assert_as_exact_as_eager(output, latents, keywords):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_lifted(implementation, case):
     latents, keywords = operands(**case)
-    assert_as_exact_as_eager(implementation(*latents, **keywords), latents, keywords)
+    assert_as_exact_as_eager(
+        implementation(AttentionOperands(*latents, **keywords)), latents, keywords
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -194,7 +196,7 @@ def test_a_query_without_keys_gives_exactly_zero(implementation, mask, is_causal
     blind = ~seen.any(-1)
     assert blind.any()
     assert not blind.all()
-    output = implementation(*latents, **keywords)
+    output = implementation(AttentionOperands(*latents, **keywords))
     assert (output[blind] == 0).all()
     assert (output[~blind] != 0).any(-1).all()
 
@@ -202,7 +204,7 @@ def test_a_query_without_keys_gives_exactly_zero(implementation, mask, is_causal
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_soft_mask_over_a_whole_row_weighs_keys_equally(implementation):
     latents, keywords = operands(mask=partial(added, SOFT), bias=False)
-    output = implementation(*latents, **keywords)
+    output = implementation(AttentionOperands(*latents, **keywords))
     values = torch.einsum("bnr,dr->bnd", latents[2][:, 0], keywords["v_factor"][0])
     torch.testing.assert_close(output[:, 0, 19 // 2], values.mean(1))
 
@@ -212,7 +214,7 @@ def test_a_soft_mask_over_a_whole_row_weighs_keys_equally(implementation):
 )
 def test_output_memory_is_by_position(implementation):
     latents, keywords = operands()
-    output = implementation(*latents, **keywords)
+    output = implementation(AttentionOperands(*latents, **keywords))
     assert output.transpose(1, 2).is_contiguous()
 
 
@@ -226,7 +228,9 @@ def test_any_strides():
     keywords["v_bias"] = keywords["v_bias"][:, :1].expand(-1, 32)
     keywords["mask"] = keywords["mask"].repeat(1, 1, 1, 2)[..., ::2]
     for implementation in (partial(rank_space_attention, tile=TILE), rank_space_attention_library):
-        assert_as_exact_as_eager(implementation(q, k, v, **keywords), (q, k, v), keywords)
+        assert_as_exact_as_eager(
+            implementation(AttentionOperands(q, k, v, **keywords)), (q, k, v), keywords
+        )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -234,7 +238,7 @@ def test_kernel_writes_every_element_and_nothing_beside(is_causal):
     latents, keywords = operands(ranks=(16, 40, 40), head_dim_v=40, is_causal=is_causal)
     memory = torch.full((2, 19 + 2, 3, 40 + 8), float("nan"), device=DEVICE)
     out = memory[:, 1:-1, :2, :40].transpose(1, 2)
-    returned = rank_space_attention(*latents, **keywords, tile=TILE, out=out)
+    returned = rank_space_attention(AttentionOperands(*latents, **keywords), tile=TILE, out=out)
     assert returned is out
     assert_as_exact_as_eager(out, latents, keywords)
     assert memory.isnan().sum() == memory.numel() - out.numel()
@@ -249,7 +253,7 @@ def test_padding_of_tiles_never_reads_beyond_the_keys():
         view = memory[:, :, : latent.shape[2], : latent.shape[3]]
         view.copy_(latent)
         padded.append(view)
-    output = rank_space_attention(*padded, **keywords, tile=TILE)
+    output = rank_space_attention(AttentionOperands(*padded, **keywords), tile=TILE)
     assert_as_exact_as_eager(output, latents, keywords)
 
 
@@ -261,7 +265,9 @@ def test_every_tile_shape_agrees(tile, is_causal):
     latents, keywords = operands(queries=70, keys=70, batch=1, is_causal=is_causal, mask=any_bool)
     config = TileConfig(*tile, num_warps=4, num_stages=2)
     assert_as_exact_as_eager(
-        rank_space_attention(*latents, **keywords, tile=config), latents, keywords
+        rank_space_attention(AttentionOperands(*latents, **keywords), tile=config),
+        latents,
+        keywords,
     )
 
 
@@ -278,10 +284,10 @@ def test_scores_far_from_those_of_the_first_tile(dtype, mask, factor):
     """
     (q, k, v), keywords = operands(ranks=(16, 16, 16), keys=48, mask=mask, dtype=dtype)
     k[:, :, slice(1, 5) if mask is hole else slice(30, 40)] *= factor
-    output = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    output = rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE)
     wide_latents, wide_keywords = to_float64((q, k, v), keywords)
-    exact = lifted_attention(*wide_latents, **wide_keywords)
-    eager_error = (lifted_attention(q, k, v, **keywords) - exact).norm()
+    exact = lifted_attention(AttentionOperands(*wide_latents, **wide_keywords))
+    eager_error = (lifted_attention(AttentionOperands(q, k, v, **keywords)) - exact).norm()
     # Scores of hundreds carry their rounding into the exponent: both err by much, and not alike.
     ulp = torch.finfo(dtype).eps * exact.norm()
     assert (output - exact).norm() <= 4 * (eager_error + ulp)
@@ -301,8 +307,8 @@ def test_float16_neither_overflows_nor_loses_digits(position, seen):
     mask[..., : seen.start] = False
     mask[..., 0] = True
     operands_ = {"num_heads": 1, "scale": 1.0, "mask": mask}
-    exact = lifted_attention(q.double(), k.double(), v.double(), **operands_)
-    output = rank_space_attention(q, k, v, **operands_, tile=TILE)
+    exact = lifted_attention(AttentionOperands(q.double(), k.double(), v.double(), **operands_))
+    output = rank_space_attention(AttentionOperands(q, k, v, **operands_), tile=TILE)
     assert (output - exact).abs().max() <= 4 * torch.finfo(torch.float16).eps
 
 
@@ -310,26 +316,28 @@ def test_hidden_tiles_are_not_read():
     (q, k, v), keywords = operands(keys=96)
     keys = torch.arange(96, device=DEVICE)
     keywords["mask"] = ((keys >= 32) & (keys < 64))[None, None, None]
-    expected = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    expected = rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE)
     for latent in (k, v):
         latent[:, :, :32] = float("nan")
         latent[:, :, 64:] = float("nan")
-    assert torch.equal(rank_space_attention(q, k, v, **keywords, tile=TILE), expected)
+    assert torch.equal(
+        rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE), expected
+    )
 
 
 def test_a_query_that_is_not_a_number_and_sees_nothing_gives_zero():
     (q, k, v), keywords = operands(mask=padding)
     q = q.clone()
     q[0, 0, 3] = float("nan")
-    assert rank_space_attention(q, k, v, **keywords, tile=TILE)[0].eq(0).all()
+    assert rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE)[0].eq(0).all()
 
 
 def test_a_query_that_is_not_a_number_spoils_its_own_row_only():
     (q, k, v), keywords = operands()
-    clean = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    clean = rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE)
     q = q.clone()
     q[0, 0, 3] = float("nan")
-    spoilt = rank_space_attention(q, k, v, **keywords, tile=TILE)
+    spoilt = rank_space_attention(AttentionOperands(q, k, v, **keywords), tile=TILE)
     assert spoilt[0, 0, 3].isnan().all()
     spoilt[0, 0, 3] = clean[0, 0, 3]
     torch.testing.assert_close(spoilt, clean, rtol=0, atol=1e-6)
@@ -339,13 +347,15 @@ def test_a_batch_beyond_one_axis_of_the_grid(monkeypatch):
     monkeypatch.setattr("flashsvd_compile.kernels.attention.MAX_GRID_EXTENT", 3)
     for batch in (3, 4, 7):
         latents, keywords = operands(batch=batch, mask=padding)
-        output = rank_space_attention(*latents, **keywords, tile=TILE)
+        output = rank_space_attention(AttentionOperands(*latents, **keywords), tile=TILE)
         assert_as_exact_as_eager(output, latents, keywords)
 
 
 def test_default_tile_runs():
     latents, keywords = operands(batch=1, ranks=(40, 24, 40))
-    assert_as_exact_as_eager(rank_space_attention(*latents, **keywords), latents, keywords)
+    assert_as_exact_as_eager(
+        rank_space_attention(AttentionOperands(*latents, **keywords)), latents, keywords
+    )
 
 
 @pytest.mark.parametrize("change", ["latent", "factor", "mask"])
@@ -370,7 +380,7 @@ def test_library_takes_flash_attention_and_never_the_scores(change, monkeypatch)
         return attend(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    rank_space_attention_library(*latents, **keywords)
+    rank_space_attention_library(AttentionOperands(*latents, **keywords))
     ((k, v),) = calls
     assert k.shape[1] == latents[1].shape[1]
     assert k.shape[-1] == v.shape[-1] == max(latents[1].shape[-1], latents[2].shape[-1])
@@ -383,7 +393,8 @@ def test_differentiable(implementation):
     inputs = [*latents, *(keywords[name] for name in names)]
 
     def call(q, k, v, *rest):
-        return implementation(q, k, v, **(keywords | dict(zip(names, rest, strict=True))))
+        given = keywords | dict(zip(names, rest, strict=True))
+        return implementation(AttentionOperands(q, k, v, **given))
 
     assert torch.autograd.gradcheck(call, [x.detach().requires_grad_() for x in inputs])
 
@@ -408,30 +419,31 @@ def test_operands_that_do_not_fit_are_named(implementation, broken, message):
     latents, keywords = operands()
     broken = {name: x.to(DEVICE) for name, x in broken.items()}
     with pytest.raises(ValueError, match=message):
-        implementation(*latents, **(keywords | broken))
+        implementation(AttentionOperands(*latents, **(keywords | broken)))
 
 
 def test_latents_that_do_not_fit_are_named():
     (q, k, v), keywords = operands()
     with pytest.raises(ValueError, match=r"q must be \[batch, heads, rows, rank\]"):
-        lifted_attention(q[0], k, v, **keywords)
+        lifted_attention(AttentionOperands(q[0], k, v, **keywords))
     with pytest.raises(ValueError, match=r"v must be \[2, heads, 37, 16\]"):
-        lifted_attention(q, k, v[:, :, :-1], **keywords)
+        lifted_attention(AttentionOperands(q, k, v[:, :, :-1], **keywords))
 
 
 def test_kernel_refuses_what_it_cannot_run():
     latents, keywords = operands()
     wide_latents, wide_keywords = to_float64(latents, keywords)
     with pytest.raises(ValueError, match=r"the kernel runs .* q is torch\.float64"):
-        rank_space_attention(*wide_latents, **wide_keywords)
+        rank_space_attention(AttentionOperands(*wide_latents, **wide_keywords))
     with pytest.raises(ValueError, match=r"out must be \[2, 2, 19, 32\]"):
-        rank_space_attention(*latents, **keywords, out=torch.empty(2, 19, 2, 32, device=DEVICE))
+        rank_space_attention(
+            AttentionOperands(*latents, **keywords), out=torch.empty(2, 19, 2, 32, device=DEVICE)
+        )
 
 
 def test_shape_of_operands():
     latents, keywords = operands(ranks=(8, 15, 37), head_dim_v=40)
-    del keywords["is_causal"], keywords["scale"]
-    shape = attention_shape(*latents, **keywords)
+    shape = AttentionOperands(*latents, **keywords).shape
     assert (shape.batch, shape.num_heads, shape.queries, shape.keys) == (2, 2, 19, 37)
     assert (shape.head_dim_qk, shape.head_dim_v) == (32, 40)
     assert (shape.rank_q, shape.rank_k, shape.rank_v) == (8, 15, 37)
