@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -129,7 +130,7 @@ def build(shape: Shape, device: str) -> Problem:
         if shape.gated:
             # A second latent of the same values: what is timed does not depend on them.
             inner["gate"] = latent
-        out = core(up=latent, **inner, activation=shape.activation)
+        out = core(FeedForwardOperands(latent, **inner, activation=shape.activation))
         return F.linear(out, weights["last"]) if chain else out
 
     eager = partial(through, unfused_feed_forward, weights)
@@ -176,7 +177,9 @@ def _dense(shape: Shape, normal: Callable[..., Tensor]) -> Callable[[Tensor], Te
         operands |= {"up_bias": normal(width), "down_bias": normal(hidden)}
     if shape.gated:
         operands |= {"gate": dense_input, "gate_factor": normal(width, hidden, scale=hidden**-0.5)}
-    return lambda _: unfused_feed_forward(dense_input, **operands, activation=shape.activation)
+    return lambda _: unfused_feed_forward(
+        FeedForwardOperands(dense_input, **operands, activation=shape.activation)
+    )
 
 
 def check(problem: Problem) -> None:

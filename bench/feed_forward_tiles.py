@@ -13,6 +13,7 @@ from multiprocessing import get_context
 
 import torch
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_ACCUMULATORS_16_BIT,
     accumulators_of,
@@ -43,7 +44,7 @@ def tiles(rank: int, gated: bool, sram_bytes: int) -> list[TileConfig]:
     return found
 
 
-def operands(rows: int, rank: int, gated: bool) -> dict:
+def operands(rows: int, rank: int, gated: bool) -> FeedForwardOperands:
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
 
@@ -51,17 +52,18 @@ def operands(rows: int, rank: int, gated: bool) -> dict:
         "up": normal(rows, rank),
         "up_factor": normal(INTERMEDIATE_SIZE, rank),
         "down_factor": normal(rank, INTERMEDIATE_SIZE),
-        "activation": "silu" if gated else "gelu",
     }
     if gated:
-        return given | {"gate": normal(rows, rank), "gate_factor": normal(INTERMEDIATE_SIZE, rank)}
-    return given | {"up_bias": normal(INTERMEDIATE_SIZE), "down_bias": normal(rank)}
+        given |= {"gate": normal(rows, rank), "gate_factor": normal(INTERMEDIATE_SIZE, rank)}
+    else:
+        given |= {"up_bias": normal(INTERMEDIATE_SIZE), "down_bias": normal(rank)}
+    return FeedForwardOperands(**given, activation="silu" if gated else "gelu")
 
 
 def compile_tile(case: tuple[int, bool, TileConfig]) -> None:
     """Leaves the kernel in Triton's cache on disk, where the timing process finds it."""
     rank, gated, tile = case
-    streamed_feed_forward(**operands(tile.block_m, rank, gated), tile=tile)
+    streamed_feed_forward(operands(tile.block_m, rank, gated), tile=tile)
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
         given = operands(ROWS, rank, gated)
         times = median_ms(
             {
-                str(tile): captured(partial(streamed_feed_forward, **given, tile=tile))
+                str(tile): captured(partial(streamed_feed_forward, given, tile=tile))
                 for tile in fitting
             },
             rounds=ROUNDS,

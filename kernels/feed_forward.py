@@ -3,7 +3,7 @@
     h = act(P_u V_uᵀ + b_u)            or, gated,   h = act(P_g V_gᵀ + b_g) · (P_u V_uᵀ + b_u)
     S = h U_dᵀ + b_d
 
-Notation (operands as in ``feed_forward_reference.py``):
+Notation (operands: ``feed_forward_operands.py``):
     T rows, F intermediate size; R_U, R_G, R_D the ranks of up, gate and down
     BLOCK_M rows of one program; BLOCK_N columns of h per step
     CHUNK_U, CHUNK_G  ranks multiplied at once, powers of two; one chunk holds a whole padded rank
@@ -23,10 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.activations_triton import activate
-from flashsvd_compile.kernels.feed_forward_reference import (
-    allocate_feed_forward_output,
-    validate_feed_forward,
-)
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
 from flashsvd_compile.kernels.primitives import dot, is_empty, launch
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -164,63 +161,50 @@ def _feed_forward_kernel(
 
 
 def streamed_feed_forward(
-    up: Tensor,
-    up_factor: Tensor,
-    down_factor: Tensor,
+    of: FeedForwardOperands,
     *,
-    activation: str,
-    up_bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    gate_factor: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
     tile: TileConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """S [T, R_d], contiguous. Operands of any strides; ``tile`` defaults to `default_tile`."""
-    validate_feed_forward(
-        up, up_factor, down_factor, activation, up_bias, gate, gate_factor, gate_bias, down_bias
-    )
+    up, rank_gate = of.up, of.rank_gate
     if up.dtype not in DTYPES:
         raise ValueError(f"a streamed feed-forward takes {DTYPES}, not {up.dtype}")
-    rows, rank_up = up.shape
-    rank_down, intermediate_size = down_factor.shape
-    rank_gate = None if gate is None else gate.shape[1]
-    out = allocate_feed_forward_output(up, rank_down, out)
+    out = of.allocate_output(out)
     if tile is None:
-        tile = _default_tile(up, rank_up, rank_gate, rank_down, intermediate_size)
+        tile = _default_tile(of)
     if is_empty(out):
         return out
 
     operands = (
         *_pointer_and_strides(up, up, 2),
-        *_pointer_and_strides(up_factor, up, 2),
-        *_pointer_and_strides(up_bias, up, 1),
-        *_pointer_and_strides(gate, up, 2),
-        *_pointer_and_strides(gate_factor, up, 2),
-        *_pointer_and_strides(gate_bias, up, 1),
-        *_pointer_and_strides(down_factor, up, 2),
-        *_pointer_and_strides(down_bias, up, 1),
+        *_pointer_and_strides(of.up_factor, up, 2),
+        *_pointer_and_strides(of.up_bias, up, 1),
+        *_pointer_and_strides(of.gate, up, 2),
+        *_pointer_and_strides(of.gate_factor, up, 2),
+        *_pointer_and_strides(of.gate_bias, up, 1),
+        *_pointer_and_strides(of.down_factor, up, 2),
+        *_pointer_and_strides(of.down_bias, up, 1),
         out,
-        rows,
+        of.rows,
     )
     launch(
         _feed_forward_kernel,
-        (triton.cdiv(rows, tile.block_m),),
+        (triton.cdiv(of.rows, tile.block_m),),
         tile,
         operands,
-        F=intermediate_size,
-        R_U=rank_up,
+        F=of.intermediate_size,
+        R_U=of.rank_up,
         R_G=rank_gate or 0,
-        R_D=rank_down,
-        CHUNK_U=rank_chunk(rank_up),
+        R_D=of.rank_down,
+        CHUNK_U=rank_chunk(of.rank_up),
         CHUNK_G=rank_chunk(rank_gate or 0),
-        PADDED_D=rank_padded(rank_down),
-        ACTIVATION=activation,
-        GATED=gate is not None,
-        HAS_UP_BIAS=up_bias is not None,
-        HAS_GATE_BIAS=gate_bias is not None,
-        HAS_DOWN_BIAS=down_bias is not None,
+        PADDED_D=rank_padded(of.rank_down),
+        ACTIVATION=of.activation,
+        GATED=of.gate is not None,
+        HAS_UP_BIAS=of.up_bias is not None,
+        HAS_GATE_BIAS=of.gate_bias is not None,
+        HAS_DOWN_BIAS=of.down_bias is not None,
         SHORT=up.element_size() == 2,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     )
@@ -234,25 +218,24 @@ def _pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) ->
     return (operand, *operand.stride())
 
 
-def _default_tile(
-    up: Tensor, rank_up: int, rank_gate: int | None, rank_down: int, intermediate_size: int
-) -> TileConfig:
+def _default_tile(of: FeedForwardOperands) -> TileConfig:
     sram_bytes = (
-        torch.cuda.get_device_properties(up.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if up.is_cuda
+        torch.cuda.get_device_properties(of.up.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if of.up.is_cuda
         else INTERPRETED_SRAM_BYTES
     )
     tile = default_tile(
-        rank_up=rank_up,
-        rank_gate=rank_gate,
-        rank_down=rank_down,
-        intermediate_size=intermediate_size,
-        element_bytes=up.element_size(),
+        rank_up=of.rank_up,
+        rank_gate=of.rank_gate,
+        rank_down=of.rank_down,
+        intermediate_size=of.intermediate_size,
+        element_bytes=of.up.element_size(),
         sram_bytes=sram_bytes,
     )
     if tile is None:
         raise ValueError(
             f"no tile of a streamed feed-forward fits {sram_bytes} bytes of shared memory at ranks "
-            f"up {rank_up}, gate {rank_gate}, down {rank_down} in {up.dtype}; use row blocks"
+            f"up {of.rank_up}, gate {of.rank_gate}, down {of.rank_down} in {of.up.dtype}; use row "
+            "blocks"
         )
     return tile

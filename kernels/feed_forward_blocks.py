@@ -3,7 +3,7 @@
     for each block of rows:   h = act(P_u V_uᵀ + b_u)     [block_rows, F], one reused buffer
                               S[block] = h U_dᵀ + b_d     written straight into the output
 
-Operands as in ``feed_forward_reference.py``. Only [block_rows, F] exists of the intermediate
+Operands: ``feed_forward_operands.py``. Only [block_rows, F] exists of the intermediate
 (twice when gated), whatever the number of rows, and where the last cache is large enough it stays
 there between the three operators that touch it. Each operator rounds to the dtype, as unfused. No
 autograd.
@@ -11,10 +11,7 @@ autograd.
 
 import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
-from flashsvd_compile.kernels.feed_forward_reference import (
-    allocate_feed_forward_output,
-    validate_feed_forward,
-)
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from torch import Tensor
 
 # A matmul wants rows, memory does not. Xeon with AVX-512, 2 threads, torch 2.13.0, float32,
@@ -40,46 +37,34 @@ GPU_WAVES = 2
 
 @torch.no_grad()
 def row_blocks_feed_forward(
-    up: Tensor,
-    up_factor: Tensor,
-    down_factor: Tensor,
+    of: FeedForwardOperands,
     *,
-    activation: str,
-    up_bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    gate_factor: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
     out: Tensor | None = None,
     block_rows: int | None = None,
 ) -> Tensor:
     """S [T, R_d], block after block; ``block_rows`` defaults to `default_block_rows`."""
-    validate_feed_forward(
-        up, up_factor, down_factor, activation, up_bias, gate, gate_factor, gate_bias, down_bias
-    )
-    rows = up.shape[0]
-    rank_down, intermediate_size = down_factor.shape
-    out = allocate_feed_forward_output(up, rank_down, out)
+    rows, gate = of.rows, of.gate
+    out = of.allocate_output(out)
     if block_rows is None:
-        block_rows = default_block_rows(rank_down=rank_down, device=up.device)
+        block_rows = default_block_rows(rank_down=of.rank_down, device=of.up.device)
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
 
-    activate_in_place = ACTIVATIONS[activation].in_place
+    activate_in_place = ACTIVATIONS[of.activation].in_place
     buffer_rows = min(block_rows, rows)
-    up_buffer = up.new_empty(buffer_rows, intermediate_size)
+    up_buffer = of.up.new_empty(buffer_rows, of.intermediate_size)
     gate_buffer = torch.empty_like(up_buffer) if gate is not None else None
     for start in range(0, rows, block_rows):
         stop = min(start + block_rows, rows)
         hidden = up_buffer[: stop - start]
-        _linear_into(hidden, up[start:stop], up_factor, up_bias)
-        if gate is None or gate_factor is None or gate_buffer is None:
+        _linear_into(hidden, of.up[start:stop], of.up_factor, of.up_bias)
+        if gate is None or of.gate_factor is None or gate_buffer is None:
             activate_in_place(hidden)
         else:
             gated = gate_buffer[: stop - start]
-            _linear_into(gated, gate[start:stop], gate_factor, gate_bias)
+            _linear_into(gated, gate[start:stop], of.gate_factor, of.gate_bias)
             hidden.mul_(activate_in_place(gated))
-        _linear_into(out[start:stop], hidden, down_factor, down_bias)
+        _linear_into(out[start:stop], hidden, of.down_factor, of.down_bias)
     return out
 
 

@@ -14,6 +14,7 @@ from flashsvd_compile.kernels.attention_library import rank_space_attention_libr
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
@@ -76,13 +77,12 @@ def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers
 def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], activation: str) -> Tensor:
     from flashsvd_compile.kernels.feed_forward import streamed_feed_forward as launch
 
-    named = _named(_FEED_FORWARD_TENSORS, tensors)
-    return launch(**named, activation=activation, tile=_tile(tile))
+    return launch(_feed_forward_operands(tensors, activation), tile=_tile(tile))
 
 
 def _row_blocks(*tensors: Tensor | None, block_rows: int, activation: str) -> Tensor:
-    named = _named(_FEED_FORWARD_TENSORS, tensors)
-    return row_blocks_feed_forward(**named, activation=activation, block_rows=block_rows)
+    of = _feed_forward_operands(tensors, activation)
+    return row_blocks_feed_forward(of, block_rows=block_rows)
 
 
 def _attention_operands(
@@ -91,6 +91,12 @@ def _attention_operands(
     named = _named(_ATTENTION_TENSORS, tensors)
     named.pop("k_bias", None)
     return AttentionOperands(**named, **numbers)
+
+
+def _feed_forward_operands(
+    tensors: Sequence[Tensor | None], activation: str
+) -> FeedForwardOperands:
+    return FeedForwardOperands(**_named(_FEED_FORWARD_TENSORS, tensors), activation=activation)
 
 
 def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
@@ -179,6 +185,10 @@ def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tens
     )
 
 
+def _unfused_feed_forward(**operands: Any) -> Tensor:
+    return unfused_feed_forward(FeedForwardOperands(**operands))
+
+
 def _lifted_attention(k_bias: Tensor | None = None, **operands: Any) -> Tensor:
     del k_bias
     return lifted_attention(AttentionOperands(**operands))
@@ -189,4 +199,4 @@ _differentiable(
     ("num_heads", "is_causal", "scale"),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
-    _differentiable(_name, _FEED_FORWARD_TENSORS, unfused_feed_forward, ("activation",))
+    _differentiable(_name, _FEED_FORWARD_TENSORS, _unfused_feed_forward, ("activation",))

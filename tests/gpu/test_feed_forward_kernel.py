@@ -5,6 +5,7 @@ import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.feed_forward import _feed_forward_kernel, streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import (
     TILES_NARROW,
@@ -48,11 +49,13 @@ def assert_streamed_is_right(operands, activation, slack=1.1, **launch):
     """No further from float64 than ``slack`` × the unfused eager expression, plus two roundings."""
     up = operands["up"]
     out = up.new_full((up.shape[0], operands["down_factor"].shape[0]), float("nan"))
-    result = streamed_feed_forward(**operands, activation=activation, out=out, **launch)
+    result = streamed_feed_forward(
+        FeedForwardOperands(**operands, activation=activation), out=out, **launch
+    )
     assert result is out
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_feed_forward(**double, activation=activation)
-    eager = unfused_feed_forward(**operands, activation=activation)
+    exact = unfused_feed_forward(FeedForwardOperands(**double, activation=activation))
+    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation=activation))
     budget = slack * (eager - exact).norm() + 2 * torch.finfo(up.dtype).eps * exact.norm()
     error = (out - exact).norm()
     assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
@@ -136,12 +139,11 @@ def test_offsets_beyond_int32():
     operands["up_factor"] = factor
     assert (rows - 1) * rank > 2**31
     out = operands["up"].new_full((rows, rank), float("nan"))
-    streamed_feed_forward(**operands, activation="relu", out=out)
+    streamed_feed_forward(FeedForwardOperands(**operands, activation="relu"), out=out)
     for part in (slice(0, 70), slice(2**24, 2**24 + 70), slice(rows - 70, rows)):
         few = {**operands, "up": operands["up"][part].clone()}
-        exact = unfused_feed_forward(
-            **{name: operand.double() for name, operand in few.items()}, activation="relu"
-        )
+        double = {name: operand.double() for name, operand in few.items()}
+        exact = unfused_feed_forward(FeedForwardOperands(**double, activation="relu"))
         assert (out[part] - exact).norm() <= 2**-7 * exact.norm()
     assert not out.isnan().any()
 
@@ -149,9 +151,11 @@ def test_offsets_beyond_int32():
 def test_row_blocks_on_a_gpu():
     operands = random_operands(5000, 300, 1000, 300, torch.bfloat16, rank_gate=300)
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_feed_forward(**double, activation="silu")
-    eager = unfused_feed_forward(**operands, activation="silu")
-    blocks = row_blocks_feed_forward(**operands, activation="silu", block_rows=512)
+    exact = unfused_feed_forward(FeedForwardOperands(**double, activation="silu"))
+    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation="silu"))
+    blocks = row_blocks_feed_forward(
+        FeedForwardOperands(**operands, activation="silu"), block_rows=512
+    )
     assert (blocks - exact).norm() <= 1.1 * (eager - exact).norm()
 
 
@@ -160,7 +164,8 @@ def test_compiles_inside_a_triton_op():
 
     @torch.library.triton_op("flashsvd_test::streamed_feed_forward", mutates_args=())
     def op(up: torch.Tensor, up_factor: torch.Tensor, down_factor: torch.Tensor) -> torch.Tensor:
-        return streamed_feed_forward(up, up_factor, down_factor, activation="gelu")
+        of = FeedForwardOperands(up, up_factor, down_factor, activation="gelu")
+        return streamed_feed_forward(of)
 
     compiled = torch.compile(op, dynamic=True, fullgraph=True)
     for rows in (70, 200):

@@ -19,6 +19,7 @@ import triton
 from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -170,10 +171,10 @@ def test_feed_forward(rank, rank_gate):
     gate = {}
     if rank_gate is not None:
         gate = {"gate": normal(200, rank_gate), "gate_factor": normal(400, rank_gate)}
-    launch = partial(
-        feed_forward.streamed_feed_forward,
+    of = FeedForwardOperands(
         normal(200, rank), normal(400, rank), normal(min(rank, 256), 400),
         activation="silu", up_bias=normal(400), **gate,
     )  # fmt: skip
+    launch = partial(feed_forward.streamed_feed_forward, of)
     for cubin in compiled_by(feed_forward._feed_forward_kernel, launch):
         assert unwritten_reads(cubin) == []

@@ -8,6 +8,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import (
     default_block_rows,
     row_blocks_feed_forward,
 )
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.primitives import INTERPRETED
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -42,13 +43,14 @@ def random_operands(rows, rank, intermediate, rank_down, dtype, rank_gate=None, 
 
 
 def streamed(operands, activation, out, tile=SMALL_TILE):
-    return streamed_feed_forward(**operands, activation=activation, out=out, tile=tile)
+    return streamed_feed_forward(
+        FeedForwardOperands(**operands, activation=activation), out=out, tile=tile
+    )
 
 
 def row_blocks(operands, activation, out, block_rows=13):
-    return row_blocks_feed_forward(
-        **operands, activation=activation, out=out, block_rows=block_rows
-    )
+    of = FeedForwardOperands(**operands, activation=activation)
+    return row_blocks_feed_forward(of, out=out, block_rows=block_rows)
 
 
 IMPLEMENTATIONS = [
@@ -63,8 +65,8 @@ def assert_right(implementation, operands, activation, **how):
     out = up.new_full((up.shape[0], operands["down_factor"].shape[0]), float("nan"))
     assert implementation(operands, activation, out, **how) is out
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_feed_forward(**double, activation=activation)
-    eager = unfused_feed_forward(**operands, activation=activation)
+    exact = unfused_feed_forward(FeedForwardOperands(**double, activation=activation))
+    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation=activation))
     # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: four times the variance a
     # rounding has, and one-sided.
     cut = INTERPRETED and implementation is streamed and up.dtype == torch.bfloat16
@@ -141,7 +143,7 @@ def test_row_blocks_hold_one_block(rank_gate):
             return result
 
     with Largest() as largest:
-        row_blocks_feed_forward(**operands, activation="gelu", block_rows=64)
+        row_blocks_feed_forward(FeedForwardOperands(**operands, activation="gelu"), block_rows=64)
     assert largest.numel == 64 * intermediate
 
 
@@ -157,7 +159,8 @@ def test_reference_is_differentiable(rank_gate):
     names = list(operands)
 
     def function(*values):
-        return unfused_feed_forward(**dict(zip(names, values, strict=True)), activation="gelu")
+        given = dict(zip(names, values, strict=True))
+        return unfused_feed_forward(FeedForwardOperands(**given, activation="gelu"))
 
     values = [operand.requires_grad_() for operand in operands.values()]
     assert torch.autograd.gradcheck(function, values)
@@ -168,7 +171,7 @@ def test_reference_traces_with_symbolic_rows():
 
     class Module(torch.nn.Module):
         def forward(self, operands):
-            return unfused_feed_forward(**operands, activation="silu")
+            return unfused_feed_forward(FeedForwardOperands(**operands, activation="silu"))
 
     rows = torch.export.Dim("rows", min=2)
     dynamic = {name: {0: rows} if name in ("up", "gate") else None for name in operands}
@@ -178,8 +181,6 @@ def test_reference_traces_with_symbolic_rows():
     torch.testing.assert_close(program.module()(more), Module()(more))
 
 
-@pytest.mark.parametrize("call", [streamed_feed_forward, row_blocks_feed_forward,
-                                  unfused_feed_forward])  # fmt: skip
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -197,22 +198,23 @@ def test_reference_traces_with_symbolic_rows():
         ({"up": torch.zeros(5, 4, dtype=torch.int32)}, "up is torch.int32"),
     ],
 )
-def test_refuses(call, changes, message):
+def test_refuses(changes, message):
     operands = {
         name: operand.cpu()
         for name, operand in random_operands(5, 4, 8, 2, torch.float32, rank_gate=3).items()
     }
     with pytest.raises(ValueError, match=message):
-        call(**(operands | {"activation": "gelu"} | changes))
+        FeedForwardOperands(**(operands | {"activation": "gelu"} | changes))
 
 
 @pytest.mark.parametrize("call", [streamed_feed_forward, row_blocks_feed_forward])
 def test_refuses_an_unfit_out(call):
     operands = random_operands(5, 4, 8, 2, torch.float32)
+    of = FeedForwardOperands(**operands, activation="gelu")
     with pytest.raises(ValueError, match=r"out must be \[5, 2\]"):
-        call(**operands, activation="gelu", out=torch.empty(5, 3, device=DEVICE))
+        call(of, out=torch.empty(5, 3, device=DEVICE))
     with pytest.raises(ValueError, match="out must be contiguous"):
-        call(**operands, activation="gelu", out=torch.empty(2, 5, device=DEVICE).t())
+        call(of, out=torch.empty(2, 5, device=DEVICE).t())
 
 
 def test_refuses_zero_block_rows():
@@ -223,10 +225,10 @@ def test_refuses_zero_block_rows():
 def test_streamed_says_what_does_not_fit():
     operands = random_operands(5, 4, 8, 4096, torch.float32)
     with pytest.raises(ValueError, match=r"no tile .* up 4, gate None, down 4096 .* row blocks"):
-        streamed_feed_forward(**operands, activation="gelu")
+        streamed_feed_forward(FeedForwardOperands(**operands, activation="gelu"))
 
 
 def test_streamed_refuses_float64():
     operands = random_operands(5, 4, 8, 2, torch.float64)
     with pytest.raises(ValueError, match=r"not torch\.float64"):
-        streamed_feed_forward(**operands, activation="gelu")
+        streamed_feed_forward(FeedForwardOperands(**operands, activation="gelu"))
