@@ -180,7 +180,8 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank-space attention against torch's own.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument("--tiles", action="store_true", help="time every candidate tile")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()

@@ -226,7 +226,8 @@ def measure_shape(shape: Shape, device: str, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=sorted(SHAPES), required=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=sorted(SHAPES), default=device)
     parser.add_argument("--shapes", default="main", help="a named set of shapes of the device")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
