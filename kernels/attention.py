@@ -1,7 +1,5 @@
 """Rank-space attention on Triton: operands as ``attention_operands.py`` has them, one launch."""
 
-import functools
-
 import torch
 import triton
 from flashsvd_compile.kernels.attention_kernel import rank_space_attention_kernel
@@ -15,7 +13,13 @@ from flashsvd_compile.kernels.attention_tiles import (
     rank_padded,
     sram_bytes_of,
 )
-from flashsvd_compile.kernels.primitives import is_empty, is_multiple, launch, row_alignment
+from flashsvd_compile.kernels.primitives import (
+    is_empty,
+    is_multiple,
+    launch,
+    row_alignment,
+    sram_bytes_of_device,
+)
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -70,17 +74,18 @@ def rank_space_attention(
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
         )
-        tile = _tile_that_fits(tile, extents, _sram_bytes(q.device))
+        sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
+        tile = _tile_that_fits(tile, extents, sram_bytes)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     # By axis: a division by the number of tiles would stand at the start of every program.
     batches = 1 if shape.batch <= MAX_GRID_EXTENT else -(-shape.batch // MAX_GRID_EXTENT)
     tiles = triton.cdiv(shape.queries, tile.block_m)
     grid = (tiles, num_heads * batches, triton.cdiv(shape.batch, batches))
+    optional = (of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, mask)
     operands = (
         # An absent operand is passed as q with strides of 0; the kernel never reads it.
         q, k, v,
-        *(q if x is None else x for x in (of.q_factor, of.q_bias, of.k_factor)),
-        *(q if x is None else x for x in (of.v_factor, of.v_bias, mask)),
+        *(q if x is None else x for x in optional),
         out,
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
@@ -149,14 +154,6 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return (0,) * 4
     return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
-
-
-@functools.cache
-def _sram_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_SRAM_BYTES
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _tile_that_fits(

@@ -42,7 +42,6 @@ import triton
 import triton.language as tl
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
-    SCANNED_KEYS,
     load_bias,
     load_tile,
     row_maximum,
@@ -241,7 +240,7 @@ def rank_space_attention_kernel(
     first_checked = N
     end = N
     if MASK == "scanned":
-        first_key, first_checked, end = seen_keys(mask, stride_mn, N, SCANNED_KEYS)
+        first_key, first_checked, end = seen_keys(mask, stride_mn, N)
         k += tl.cast(first_key, tl.int64) * stride_kn
         v += tl.cast(first_key, tl.int64) * stride_vn
         mask += tl.cast(first_key, tl.int64) * stride_mn

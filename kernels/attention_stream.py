@@ -59,7 +59,7 @@ def load_bias(base, columns, stride, limit, FIT: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(mask, stride_mn, N, CHUNK: tl.constexpr):
+def seen_keys(mask, stride_mn, N):
     """What a mask that is alike for all queries leaves of the keys, as three positions.
 
     The first key that it shows, the first one after it that it hides, and one past the last that
@@ -68,8 +68,8 @@ def seen_keys(mask, stride_mn, N, CHUNK: tl.constexpr):
     first_seen = N
     first_hidden = N
     end = N * 0
-    for first_key in tl.range(0, N, CHUNK):
-        keys = first_key + tl.arange(0, CHUNK)
+    for first_key in tl.range(0, N, SCANNED_KEYS):
+        keys = first_key + tl.arange(0, SCANNED_KEYS)
         is_inside = keys < N
         is_seen = tl.load(mask + keys.to(tl.int64) * stride_mn, mask=is_inside, other=False)
         first_seen = tl.minimum(first_seen, tl.min(tl.where(is_seen, keys, N)))

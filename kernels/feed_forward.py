@@ -25,7 +25,7 @@ import triton.language as tl
 from flashsvd_compile.kernels.activations_triton import activate
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
-from flashsvd_compile.kernels.primitives import dot, is_empty, launch
+from flashsvd_compile.kernels.primitives import dot, is_empty, launch, sram_bytes_of_device
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -219,11 +219,7 @@ def _pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) ->
 
 
 def _default_tile(of: FeedForwardOperands) -> TileConfig:
-    sram_bytes = (
-        torch.cuda.get_device_properties(of.up.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if of.up.is_cuda
-        else INTERPRETED_SRAM_BYTES
-    )
+    sram_bytes = sram_bytes_of_device(of.up.device, INTERPRETED_SRAM_BYTES)
     tile = default_tile(
         rank_up=of.rank_up,
         rank_gate=of.rank_gate,

@@ -1,5 +1,6 @@
 """What every Triton kernel here shares: one matmul, one way to launch."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,15 @@ def launch(
     else:
         constants["maxnreg"] = tile.max_registers or None
     kernel[grid](*operands, **constants)
+
+
+@functools.cache
+def sram_bytes_of_device(device: torch.device, otherwise: int) -> int:
+    """Shared memory that a block may ask for; ``otherwise`` where kernels are interpreted."""
+    if device.type != "cuda":
+        return otherwise
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def is_traced(tensor: Tensor) -> bool:

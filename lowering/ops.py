@@ -74,14 +74,14 @@ def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers
     return launch(_attention_operands(tensors, numbers), tile=_tile(tile))
 
 
-def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], activation: str) -> Tensor:
+def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
     from flashsvd_compile.kernels.feed_forward import streamed_feed_forward as launch
 
-    return launch(_feed_forward_operands(tensors, activation), tile=_tile(tile))
+    return launch(_feed_forward_operands(tensors, numbers), tile=_tile(tile))
 
 
-def _row_blocks(*tensors: Tensor | None, block_rows: int, activation: str) -> Tensor:
-    of = _feed_forward_operands(tensors, activation)
+def _row_blocks(*tensors: Tensor | None, block_rows: int, **numbers: Any) -> Tensor:
+    of = _feed_forward_operands(tensors, numbers)
     return row_blocks_feed_forward(of, block_rows=block_rows)
 
 
@@ -94,9 +94,9 @@ def _attention_operands(
 
 
 def _feed_forward_operands(
-    tensors: Sequence[Tensor | None], activation: str
+    tensors: Sequence[Tensor | None], numbers: dict[str, Any]
 ) -> FeedForwardOperands:
-    return FeedForwardOperands(**_named(_FEED_FORWARD_TENSORS, tensors), activation=activation)
+    return FeedForwardOperands(**_named(_FEED_FORWARD_TENSORS, tensors), **numbers)
 
 
 def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
@@ -157,9 +157,12 @@ for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tensor],
+def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[..., Any],
                     numbers: Sequence[str]) -> None:  # fmt: skip
-    """Register the gradient of ``flashsvd::name``: that of ``plain`` over the same operands."""
+    """Register the gradient of ``flashsvd::name``: that of ``plain`` over the same operands.
+
+    ``record`` makes of tensors and numbers what ``plain`` takes.
+    """
 
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
@@ -175,7 +178,7 @@ def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tens
                 tensor if tensor is None else tensor.detach().requires_grad_(needed)
                 for tensor, needed in zip(saved, wanted, strict=False)
             ]
-            output = plain(**_named(tensors, leaves), **ctx.numbers)
+            output = plain(record(leaves, ctx.numbers))
         asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(output, asked, grad, materialize_grads=True))
         return tuple(next(found) if needed else None for needed in wanted)
@@ -185,18 +188,9 @@ def _differentiable(name: str, tensors: Sequence[str], plain: Callable[..., Tens
     )
 
 
-def _unfused_feed_forward(**operands: Any) -> Tensor:
-    return unfused_feed_forward(FeedForwardOperands(**operands))
-
-
-def _lifted_attention(k_bias: Tensor | None = None, **operands: Any) -> Tensor:
-    del k_bias
-    return lifted_attention(AttentionOperands(**operands))
-
-
 _differentiable(
-    "rank_space_attention", _ATTENTION_TENSORS, _lifted_attention,
+    "rank_space_attention", lifted_attention, _attention_operands,
     ("num_heads", "is_causal", "scale"),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
-    _differentiable(_name, _FEED_FORWARD_TENSORS, _unfused_feed_forward, ("activation",))
+    _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))

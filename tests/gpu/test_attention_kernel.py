@@ -81,14 +81,19 @@ def reference(latents, keywords):
     return lifted_attention(AttentionOperands(*latents, **keywords))
 
 
-def assert_right(latents, keywords, **launch):
-    """No further from float64 than 1.1 × the lifted expression, plus two roundings; all written."""
-    q = latents[0]
+def exact_reference(latents, keywords):
+    """In float64, whatever the operands are in."""
     double = {
         name: x.double() if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x
         for name, x in keywords.items()
     }
-    exact = reference([x.double() for x in latents], double)
+    return reference([x.double() for x in latents], double)
+
+
+def assert_right(latents, keywords, **launch):
+    """No further from float64 than 1.1 × the lifted expression, plus two roundings; all written."""
+    q = latents[0]
+    exact = exact_reference(latents, keywords)
     batch, heads, queries, head_dim_v = exact.shape
     memory = torch.full(
         (batch, queries, heads, head_dim_v), float("nan"), dtype=q.dtype, device="cuda"
@@ -185,8 +190,7 @@ def test_later_keys_that_score_far_higher(dtype, factor, is_causal):
     latents, operands = random_operands(dtype, queries=300, keys=300, is_causal=is_causal)
     latents[1][:, :, 200:210] *= factor
     output = rank_space_attention(AttentionOperands(*latents, **operands))
-    double = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in operands.items()}
-    exact = reference([x.double() for x in latents], double)
+    exact = exact_reference(latents, operands)
     # Scores of hundreds round to tenths in 16 bits: both err by much, and not alike.
     assert (output - exact).norm() <= 3 * (reference(latents, operands) - exact).norm()
 
