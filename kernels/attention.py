@@ -10,6 +10,7 @@ from flashsvd_compile.kernels.attention_tiles import (
     common_width,
     default_tile,
     lift_chunk,
+    output_chunk,
     rank_padded,
     sram_bytes_of,
 )
@@ -109,7 +110,7 @@ def rank_space_attention(
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
-        BLOCK_DV=lift_chunk(shape.head_dim_v, width),
+        BLOCK_DV=output_chunk(shape.head_dim_v, width, is_widened),
         R_K_PADDED=rank_padded(shape.rank_k, width), R_V_PADDED=rank_padded(shape.rank_v, width),
         ALIGNED_Q=row_alignment(q), ALIGNED_K=row_alignment(k), ALIGNED_V=row_alignment(v),
         ALIGNED_FQ=row_alignment(of.q_factor), ALIGNED_FK=row_alignment(of.k_factor),

@@ -11,6 +11,10 @@ from flashsvd_compile.kernels.primitives import dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# How tensor cores hand a row of scores out: pairs of neighbours to four threads, then again.
+LANES = tl.constexpr(4)
+PAIR = tl.constexpr(2)
+
 # Keys of which a mask that is alike for all queries is read at once, ahead of the loop.
 SCANNED_KEYS = tl.constexpr(1024)
 
@@ -146,6 +150,13 @@ def row_maximum(
 
 
 @triton.jit
+def _summed_by_lane(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums [BLOCK_M, LANES] of what each thread holds of a row: no thread waits for another."""
+    by_lane = tl.reshape(tile, [BLOCK_M, BLOCK_N // (LANES * PAIR), LANES, PAIR])
+    return tl.sum(tl.sum(by_lane, 3), 1)
+
+
+@triton.jit
 def stream_keys(
     first_key, first_checked, end, reference, q_latent, k, v, mask,
     queries, ranks_k, ranks_v, mask_rows,
@@ -158,7 +169,7 @@ def stream_keys(
 ):  # fmt: skip
     """Over the keys of [first_key, end): the sum of exp2(score - reference), and that of P_v so
     weighted. ``k``, ``v`` and ``mask`` point at ``first_key``."""
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    lane_sums = tl.zeros([BLOCK_M, LANES], tl.float32)
     latent = tl.zeros([BLOCK_M, R_V_PADDED], tl.float32)
     keys = tl.arange(0, BLOCK_N)
     # The bases walk in int64: BLOCK_N rows of a large stride pass 2**31 elements.
@@ -178,7 +189,7 @@ def stream_keys(
         weights = weights.to(q_latent.dtype)
         if not IS_SCALED:
             summed = weights.to(tl.float32)
-        row_sum += tl.sum(summed, 1)
+        lane_sums += _summed_by_lane(summed, BLOCK_M, BLOCK_N)
         value_tile = load_tile(
             v, keys.to(tl.int64)[:, None], ranks_v[None, :], stride_vn, stride_vr,
             N - position, R_V, not FITS, R_V_PADDED > R_V, 1, ALIGNED_V,
@@ -187,4 +198,4 @@ def stream_keys(
         k += step * stride_kn
         v += step * stride_vn
         mask += step * stride_mn
-    return row_sum, latent
+    return tl.sum(lane_sums, 1), latent

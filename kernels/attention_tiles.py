@@ -8,8 +8,10 @@ from flashsvd_compile.kernels.tiles import TileConfig
 # tl.dot takes powers of two from 16 up.
 MIN_EXTENT = 16
 
-# The lifts walk head dims and rank_q in chunks of at most this many columns.
+# The lifts walk head dims and rank_q in chunks of at most this many columns. That of the output,
+# which stands where most registers are taken, would set how many programs share a multiprocessor.
 MAX_LIFT_CHUNK = 64
+MAX_OUTPUT_CHUNK = 32
 
 # Rows of a tile in shared memory are swizzled over at most this many bytes.
 SWIZZLE_BYTES = 128
@@ -87,6 +89,15 @@ def rank_padded(rank: int, width: int = MIN_EXTENT) -> int:
 def lift_chunk(extent: int, width: int = MIN_EXTENT) -> int:
     """Columns of a head dim, or of rank_q, that the lifts hold at a time."""
     return min(MAX_LIFT_CHUNK, rank_padded(extent, width))
+
+
+def output_chunk(extent: int, width: int, is_widened: bool) -> int:
+    """Columns of the output that are lifted at a time.
+
+    A factor whose rank is not innermost in memory (``is_widened``) swizzles over them.
+    """
+    chunk = lift_chunk(extent, width if is_widened else MIN_EXTENT)
+    return chunk if is_widened else min(MAX_OUTPUT_CHUNK, chunk)
 
 
 @dataclass(frozen=True)
