@@ -15,6 +15,7 @@ from flashsvd_compile.kernels.attention_tiles import (
     sram_bytes_of,
 )
 from flashsvd_compile.kernels.primitives import (
+    has_warpgroups,
     is_empty,
     is_multiple,
     launch,
@@ -74,6 +75,7 @@ def rank_space_attention(
             v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
+            has_warpgroups=has_warpgroups(q.device),
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         tile = _tile_that_fits(tile, extents, sram_bytes)

@@ -321,19 +321,21 @@ def rank_space_attention_kernel(
         is_right = (row_sum > LEAST) & (row_sum < MOST)
         if IS_CAUSAL and MASK == "scanned":  # those see no key, and their sum is 0
             is_right = is_right | (queries < first_key)
-        # Barriers within the second attempt keep its stores behind those of the first.
+        # Barriers within the second attempt keep its stores behind those of the first. It is rare:
+        # its tiles are half as wide, so that it takes no more registers than the first does.
+        NARROW_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else BLOCK_N
         if (tl.sum(is_right.to(tl.int32)) < BLOCK_M) & has_keys:
             reference = row_maximum(
                 first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
                 stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED, MASK,
-                IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
+                IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
             )  # fmt: skip
             row_sum, latent = stream_keys(
                 first_key, first_checked, end, reference, q_latent, k, v, mask,
                 queries, ranks_k, ranks_v, mask_rows,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
                 R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-                BLOCK_M, BLOCK_N, 1, ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+                BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
             )  # fmt: skip
             _finish(
                 latent, row_sum, v_factor, v_bias, out, queries, ranks_v,

@@ -16,6 +16,9 @@ MAX_OUTPUT_CHUNK = 32
 # Rows of a tile in shared memory are swizzled over at most this many bytes.
 SWIZZLE_BYTES = 128
 
+# Of a row's sum, four lanes of each of two warps that share it.
+LANE_SUM_BYTES = 32
+
 # Beyond the tiles themselves: barriers and small conversions.
 SRAM_SLACK_BYTES = 1024
 
@@ -30,15 +33,15 @@ MASK_BYTES = 4
 MAX_ACCUMULATORS_16_BIT = 128
 MAX_ACCUMULATORS_32_BIT = 72
 
-# Fastest first, then ever smaller. H100 80GB HBM3, torch 2.11.0, triton 3.6.0, 2026-11-25, sweeps
-# in bfloat16 from cold caches; `python -m bench.attention --tiles` repeats them. Of 14 tiles the
-# first of each list was within 5% of the best: at ranks 32, 40 and 64 with 512 keys, a padding
-# mask and without, and at rank 32 with 2048. A cap on registers pays where one more program then
-# fits a multiprocessor.
+# Fastest first, then ever smaller, by the larger of the padded ranks of k and v. H100 80GB HBM3,
+# torch 2.11.0, triton 3.6.0, 2026-11-26, sweeps in bfloat16 from cold caches;
+# `python -m bench.attention --tiles` repeats them. Of 17 tiles the first of each list was the best
+# or within 2% of it: at ranks 32, 40 and 64 with 512 keys, a padding mask and without, at rank 32
+# with 2048, and at ranks 64 and 128 with 4096 (causal: within 6%). A cap on registers pays where
+# one more program then fits a multiprocessor.
 NARROW_RANK = 32
+WIDE_RANK = 64
 _SMALLER = (
-    TileConfig(64, 32, 4, 4),
-    TileConfig(64, 64, 4, 3),
     TileConfig(64, 64, 8, 3),
     TileConfig(64, 32, 4, 3),
     TileConfig(64, 32, 4, 2),
@@ -51,11 +54,21 @@ _SMALLER = (
 )
 TILES_NARROW = (
     TileConfig(128, 32, 4, 4, max_registers=128),
+    TileConfig(64, 32, 4, 4),
+    TileConfig(64, 64, 4, 3),
     *_SMALLER,
 )
 TILES_WIDE = (
+    TileConfig(128, 32, 8, 4),
     TileConfig(128, 32, 4, 4),
+    TileConfig(64, 32, 4, 4),
+    TileConfig(64, 64, 4, 3),
+    *_SMALLER,
+)
+TILES_WIDEST = (
+    TileConfig(64, 64, 4, 3),
     TileConfig(128, 64, 8, 3),
+    TileConfig(64, 32, 4, 4),
     *_SMALLER,
 )
 # Exact float32 has no tensor core to feed; what fits its registers was sought, not measured.
@@ -105,7 +118,8 @@ class AttentionExtents:
     """What of a call decides which tiles fit.
 
     ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
-    mask that differs between queries, else 0.
+    mask that differs between queries, else 0. ``has_warpgroups``: whether the device is a Hopper,
+    whose matmuls of 64 rows find an operand in registers that others read from shared memory.
     """
 
     head_dim_qk: int
@@ -117,6 +131,7 @@ class AttentionExtents:
     v_lifted: bool
     element_bytes: int
     mask_bytes: int = 0
+    has_warpgroups: bool = False
 
     @property
     def width(self) -> int:
@@ -130,8 +145,9 @@ def sram_bytes_of(tile: TileConfig, of: AttentionExtents) -> int:
     P_k, a chunk of P_q, V_q and V_k, and one of the result or q̃. Streaming: P_k and P_v
     ``num_stages`` times, or, where no Hopper tensor core keeps q̃ and exponentials in registers,
     beside those; and the tile of a mask that differs between queries. Lifting the output: a chunk
-    of V_v and the latent output. At least what 260 kernels took, compiled for sm_80, sm_86, sm_90
-    and sm_120 with triton 3.6.0, 2026-11-25; 1.4 times it in the median.
+    of V_v and the latent output. Where several warps share a row, the sums of their lanes. At
+    least what 640 kernels took, compiled for sm_80, sm_86, sm_90 and sm_120 with triton 3.6.0,
+    2026-11-26; 1.4 times it in the median.
     """
     width = of.width
     padded_k, padded_v = rank_padded(of.rank_k, width), rank_padded(of.rank_v, width)
@@ -149,7 +165,7 @@ def sram_bytes_of(tile: TileConfig, of: AttentionExtents) -> int:
             loop = max(loop, stages * key_values + m * padded_k)
     else:  # operands that a matmul finds in registers there pass through shared memory here
         converted *= 2
-        loop = stages * key_values + beside
+        loop = stages * key_values + beside + m * LANE_SUM_BYTES // of.element_bytes
         output += 2 * m * chunk_dv
     lifting = (n + chunk_d) * padded_k + max((m + chunk_d) * chunk_q, converted)
     mask = m * n * of.mask_bytes * stages
@@ -159,7 +175,8 @@ def sram_bytes_of(tile: TileConfig, of: AttentionExtents) -> int:
 
 def _is_whole_warpgroups(tile: TileConfig, of: AttentionExtents) -> bool:
     """Whether Hopper's matmuls, of 64 rows by four warps, fill the tile."""
-    return of.element_bytes == 2 and tile.block_m >= 16 * tile.num_warps >= 64
+    fills = tile.block_m >= 16 * tile.num_warps >= 64
+    return of.has_warpgroups and of.element_bytes == 2 and fills
 
 
 def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -> int:
@@ -186,5 +203,7 @@ def default_tile(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
 def _preferred(of: AttentionExtents) -> tuple[TileConfig, ...]:
     if of.element_bytes == 4:
         return TILES_32_BIT
-    narrow = rank_padded(max(of.rank_k, of.rank_v), of.width) <= NARROW_RANK
-    return TILES_NARROW if narrow else TILES_WIDE
+    rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
+    if rank <= NARROW_RANK:
+        return TILES_NARROW
+    return TILES_WIDE if rank <= WIDE_RANK else TILES_WIDEST

@@ -121,6 +121,7 @@ def _attention_tile(
         v_lifted=value.factor is not None,
         element_bytes=site.dtype.itemsize,
         mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
+        has_warpgroups=device.has_warpgroups,
     )
     sram = _sram(device, options)
     tile = attention_tiles.default_tile(extents, sram)

@@ -18,7 +18,11 @@ import torch
 import triton
 from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
-from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
+from flashsvd_compile.kernels.attention_tiles import (
+    TILES_NARROW,
+    TILES_WIDE,
+    TILES_WIDEST,
+)
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -146,7 +150,7 @@ def test_reads_of_unwritten_registers_are_found():
         (32, TILES_NARROW[0]),
         (40, TILES_WIDE[0]),
         (40, TileConfig(128, 64, 8, 3)),
-        (96, TileConfig(128, 64, 8, 3)),
+        (96, TILES_WIDEST[0]),
     ],
     ids=str,
 )
