@@ -23,6 +23,7 @@ class Code(str, Enum):
     NOT_PROFITABLE = "not_profitable"
     OP_NOT_CARRIED = "op_not_carried"
     PLANNED = "planned"
+    RANK_TOO_LARGE = "rank_too_large"
     REGION_CROSSED = "region_crossed"
     SOFTMAX_AXIS = "softmax_axis"
     SRAM = "sram"

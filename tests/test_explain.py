@@ -217,3 +217,28 @@ def test_the_recompile_limit_does_not_limit():
         run(hidden_states(batch))
     for batch in (2, 3, 4, 5):
         assert fused(explain(model, hidden_states(batch), options=OPTIONS)) == EXPECTED
+
+
+@pytest.mark.parametrize(("rank", "code"), [(27, "no_fused_lowering"), (28, "rank_too_large")])
+def test_ranks_that_cost_more_than_the_matrix_are_told(rank, code):
+    """64 · 48 / (64 + 48) = 27.4."""
+    model = nn.Sequential(nn.Linear(64, rank, bias=False), nn.Linear(rank, 48))
+    (site,) = explain(model, torch.randn(5, 64)).sites
+    assert (site.kind, site.lowering, site.reason.code.value) == ("chain", "unfused", code)
+    assert site.reason.required == ("a rank under 28" if rank == 28 else "")
+
+
+def test_per_head_ranks_are_held_against_a_heads_own_matrix():
+    class PerHead(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.down = nn.Parameter(torch.randn(4, rank, 64))
+            self.lift = nn.Parameter(torch.randn(4, 16, rank))
+
+        def forward(self, x):
+            latent = torch.einsum("bmi,hri->bhmr", x, self.down)
+            return torch.einsum("bhmr,hdr->bhmd", latent, self.lift)
+
+    x = torch.randn(2, 5, 64)  # 64 · 16 / (64 + 16) = 12.8
+    codes = [explain(PerHead(rank), x).sites[0].reason.code.value for rank in (12, 13)]
+    assert codes == ["no_fused_lowering", "rank_too_large"]

@@ -128,12 +128,17 @@ class FeedForwardSite(Site):
 
 @dataclass(frozen=True)
 class ChainSite(Site):
-    """(x · u) · v that belongs to no larger site."""
+    """(x · u) · v that belongs to no larger site.
+
+    u is [in_width, rank] and v [rank, out_width]; of every group where they are stacked.
+    """
 
     kind: ClassVar[str] = "chain"
 
     factored: Factored
     rank: int
+    in_width: int
+    out_width: int
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from torch import fx
 
 from flashsvd_compile.analysis.attention_sites import attention_site
+from flashsvd_compile.analysis.axes import volume
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.feed_forward_sites import feed_forward_site
 from flashsvd_compile.analysis.low_rank import is_low_rank, lifted_latents
@@ -35,8 +36,18 @@ def _chains(facts: Facts, taken: frozenset[fx.Node]) -> list[ChainSite]:
     """The lifts of latents that no site has ``taken``."""
     chains = []
     for node, fact in facts.factored.items():
-        chained = fact.latent.node in facts.factored
-        if node is fact.lift and node not in taken and chained and is_low_rank(facts, fact):
-            rank = int(fact.rank_size(facts.space))
-            chains.append(ChainSite(node, module_path(node), frozenset({node}), fact, rank))
+        inner = facts.factored.get(fact.latent.node)
+        if inner is None or node is not fact.lift or node in taken or not is_low_rank(facts, fact):
+            continue
+        chains.append(
+            ChainSite(
+                node,
+                module_path(node),
+                frozenset({node}),
+                fact,
+                rank=int(fact.rank_size(facts.space)),
+                in_width=int(inner.rank_size(facts.space)),
+                out_width=int(volume(fact.lifted_atoms(facts.space))),
+            )
+        )
     return chains

@@ -8,7 +8,12 @@ from typing import Any
 import sympy
 
 from flashsvd_compile.analysis.axes import Size, volume
-from flashsvd_compile.analysis.site_records import AttentionSite, FeedForwardSite, Site
+from flashsvd_compile.analysis.site_records import (
+    AttentionSite,
+    ChainSite,
+    FeedForwardSite,
+    Site,
+)
 from flashsvd_compile.kernels import attention_tiles, feed_forward_blocks, feed_forward_tiles
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
@@ -42,8 +47,8 @@ def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size,
         return _plan_attention(site, device, options, hints)
     if isinstance(site, FeedForwardSite):
         return _plan_feed_forward(site, device, options, hints)
-    reason = reason_at(site.node, Code.NO_FUSED_LOWERING, "library matmuls keep the latent small")
-    return Plan(site, "unfused", reason)
+    assert isinstance(site, ChainSite)
+    return Plan(site, "unfused", _why_chain_stays(site))
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -190,6 +195,17 @@ def _row_blocks(site: FeedForwardSite) -> Plan:
 def _not_measured(site: Site) -> Reason:
     """Exact float32 has no tensor cores; library kernels stay until measured otherwise."""
     return reason_at(site.node, Code.NOT_PROFITABLE, "float32 on a GPU", "bfloat16 or float16")
+
+
+def _why_chain_stays(site: ChainSite) -> Reason:
+    """Beyond rank mn / (m + n) two factors of an m × n matrix do more work than the matrix."""
+    m, n = site.in_width, site.out_width
+    if site.rank * (m + n) >= m * n:
+        observed = f"rank {site.rank} of a {m} × {n} matrix, whose factors cost more than it does"
+        required = f"a rank under {-(-m * n // (m + n))}"
+        return reason_at(site.node, Code.RANK_TOO_LARGE, observed, required)
+    observed = "library matmuls keep the latent small"
+    return reason_at(site.node, Code.NO_FUSED_LOWERING, observed)
 
 
 def _lost(site: Site, rivals: str) -> Reason:
