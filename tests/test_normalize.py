@@ -56,7 +56,10 @@ def compiled(model, dynamic=None):
 
 
 def assert_same(got, expected):
-    """Bit for bit: the same operators run in the same order."""
+    """The same operators run in the same order, so only the summation order of a library differs.
+
+    It may follow the alignment of its operands, which is another for each run.
+    """
     got, expected = pytree.tree_leaves(got), pytree.tree_leaves(expected)
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
@@ -64,7 +67,8 @@ def assert_same(got, expected):
         if not isinstance(other, Tensor):
             assert one == other
             continue
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        rounding = torch.finfo(other.dtype).eps if other.is_floating_point() else 0
+        torch.testing.assert_close(one, other, rtol=8 * rounding, atol=8 * rounding, equal_nan=True)
         assert one.requires_grad == other.requires_grad
         assert one.stride() == other.stride()
 
