@@ -6,16 +6,15 @@
 
 Each shape is timed in one run, contestants interleaved, from latents to the lifted output (the
 lifts of q and of the output are included); before that every low-rank contestant must be as close
-to float64 as the lifted eager expression is. `dense sdpa` attends at full width on tensors that
-are there already; it computes another function and passes no gate. On CUDA each contestant is
-replayed from a graph, so that the device is timed and not the host. Bytes are the peak of one
-call, its output included. ``--tiles`` times every candidate tile instead. Results go to
+to float64 as the lifted eager expression is. The dense contestants attend at full width on tensors
+that are there already, each on the one backend of SDPA that it names; they compute another
+function and pass no gate. ``--tiles`` times every candidate tile instead. Results go to
 ``bench/results``.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,10 +25,22 @@ from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import AttentionExtents, candidate_tiles
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.measure import captured, median_ms, peak_transient_bytes, write_results
+from bench.contest import contest
+from bench.measure import captured, median_ms, write_results
+from bench.targets import Target
+from bench.work import Work
 
-GATE_BATCH = 1
+DENSE = {
+    "cuda": {
+        "dense cuDNN": SDPBackend.CUDNN_ATTENTION,
+        "dense FlashAttention": SDPBackend.FLASH_ATTENTION,
+    },
+    "cpu": {"dense FlashAttention": SDPBackend.FLASH_ATTENTION},
+}
+
+GATE_HEADS = 2  # the scores of two heads of 16384 queries are 4 GiB of float64
 
 
 @dataclass(frozen=True)
@@ -38,25 +49,46 @@ class Shape:
     heads: int
     rows: int
     head_dim: int
-    rank: int
+    ranks: tuple[int, int, int]  # of q, k and v
     is_causal: bool = False
-    padded: bool = False
+    padded: bool = False  # ragged lengths, each at least half of the rows
     dtype: str = "bfloat16"
 
 
-SHAPES = {
+@dataclass(frozen=True)
+class Row:
+    """A shape, and how many times as fast as each baseline the kernel has to be there."""
+
+    shape: Shape
+    over_lifted: float | None = None
+    over_dense: float | None = None
+
+    @property
+    def targets(self) -> list[Target]:
+        asked = [
+            (("lifted Inductor",), self.over_lifted),
+            (tuple(DENSE["cuda"]), self.over_dense),
+        ]
+        return [Target("kernel", names, ratio) for names, ratio in asked if ratio is not None]
+
+
+_LLAMA = Shape(2, 32, 4096, 128, (64, 64, 64))
+
+ROWS = {
     "cuda": [
-        Shape(32, 12, 512, 64, 32),
-        Shape(32, 12, 512, 64, 32, padded=True),
-        Shape(32, 12, 512, 64, 40),
-        Shape(32, 12, 512, 64, 40, padded=True),
-        Shape(32, 12, 512, 64, 64),
-        Shape(8, 12, 2048, 64, 32),
-        Shape(2, 32, 4096, 128, 64),
-        Shape(2, 32, 4096, 128, 64, is_causal=True),
+        Row(Shape(32, 12, 512, 64, (32, 32, 32)), 5, 1.3),
+        Row(Shape(32, 12, 512, 64, (32, 32, 32), padded=True)),
+        Row(Shape(32, 12, 512, 64, (40, 40, 40)), 4, 1.05),
+        Row(Shape(32, 12, 512, 64, (40, 40, 40), padded=True)),
+        Row(Shape(32, 12, 512, 64, (64, 64, 64)), 4, 0.9),
+        Row(Shape(8, 12, 2048, 64, (32, 32, 32)), 3.5, 1.6),
+        Row(_LLAMA, 3.5, 1.5),
+        Row(replace(_LLAMA, is_causal=True), 3.5, 1.4),
+        Row(replace(_LLAMA, batch=1, rows=16384, is_causal=True), 2.5, 1.4),
+        Row(Shape(32, 12, 512, 64, (48, 24, 40), padded=True), 4, 1.2),
     ],
     "cpu": [
-        Shape(8, 12, 256, head_dim, rank, dtype="float32")
+        Row(Shape(8, 12, 256, head_dim, (rank, rank, rank), dtype="float32"))
         for head_dim in (32, 64)
         for rank in (16, 32, 40, 64)
     ],
@@ -64,16 +96,19 @@ SHAPES = {
 
 
 def operands(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], dict]:
-    torch.manual_seed(0)
+    """Latents and the other operands, fresh ones at each call."""
     dtype = getattr(torch, shape.dtype)
-    heads, width, rank = shape.heads, shape.head_dim, shape.rank
+    heads, width = shape.heads, shape.head_dim
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, device=device) * scale).to(dtype)
 
-    latents = tuple(normal(shape.batch, shape.rows, heads, rank).transpose(1, 2) for _ in "qkv")
+    ranks = dict(zip("qkv", shape.ranks, strict=True))
+    latents = tuple(
+        normal(shape.batch, shape.rows, heads, rank).transpose(1, 2) for rank in shape.ranks
+    )
     keywords = {
-        **{f"{name}_factor": normal(heads, width, rank, scale=rank**-0.5) for name in "qkv"},
+        **{f"{x}_factor": normal(heads, width, r, scale=r**-0.5) for x, r in ranks.items()},
         **{f"{name}_bias": normal(heads, width) for name in "qv"},
         "num_heads": heads,
         "scale": width**-0.5,
@@ -85,21 +120,45 @@ def operands(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], dict]:
     return latents, keywords
 
 
-def contestants(shape: Shape, device: str) -> dict[str, Callable[[], Tensor]]:
-    latents, keywords = operands(shape, device)
+def work_of(of: AttentionOperands, visible_keys: float) -> Work:
+    """The least work of a call whose queries of one head see ``visible_keys`` keys in all."""
+    shape = of.shape
+    pairs = shape.num_heads * visible_keys
+    queries = shape.batch * shape.num_heads * shape.queries
+    lifts = shape.head_dim_qk * (shape.rank_q + shape.rank_k) + shape.head_dim_v * shape.rank_v
+    read = (of.q, of.k, of.v, of.q_factor, of.k_factor, of.v_factor, of.q_bias, of.v_bias, of.mask)
+    written = queries * shape.head_dim_v * of.q.element_size()
+    return Work(
+        matmul_flops=2 * pairs * (shape.rank_k + shape.rank_v) + 2 * queries * lifts,
+        memory_bytes=written + sum(x.nbytes for x in read if x is not None),
+        exponentials=pairs,
+    )
+
+
+def visible_keys(shape: Shape, mask: Tensor | None) -> float:
+    """Over all batch elements, how many (query, key) pairs of one head are not masked."""
+    if mask is not None:
+        if shape.is_causal:
+            mask = mask & torch.ones(shape.rows, shape.rows, device=mask.device).tril().bool()
+        return float(mask.expand(-1, -1, shape.rows, -1).sum())
+    seen = shape.rows * (shape.rows + 1) / 2 if shape.is_causal else shape.rows**2
+    return shape.batch * seen
+
+
+def contestants(
+    shape: Shape, device: str, latents: tuple[Tensor, ...], keywords: dict
+) -> dict[str, Callable[[], Tensor]]:
     of = AttentionOperands(*latents, **keywords)
     calls: dict[str, Callable[[], Tensor]] = {
-        "lifted inductor": partial(torch.compile(lifted, dynamic=False), *latents, **keywords),
+        "lifted Inductor": partial(torch.compile(lifted, dynamic=False), *latents, **keywords),
         "lifted eager": partial(lifted, *latents, **keywords),
-        "dense sdpa": _dense(shape, device, keywords.get("mask")),
         "library": partial(rank_space_attention_library, of),
+        **dense(shape, device, keywords.get("mask")),
     }
-
     if device == "cuda":
         from flashsvd_compile.kernels.attention import rank_space_attention
 
-        kernel = {"kernel": partial(rank_space_attention, of)}
-        calls = {**kernel, **calls}
+        calls = {"kernel": partial(rank_space_attention, of), **calls}
     return calls
 
 
@@ -107,46 +166,74 @@ def lifted(*latents: Tensor, **keywords: Any) -> Tensor:
     return lifted_attention(AttentionOperands(*latents, **keywords))
 
 
-def _dense(shape: Shape, device: str, mask: Tensor | None) -> Callable[[], Tensor]:
+def dense(shape: Shape, device: str, mask: Tensor | None) -> dict[str, Callable[[], Tensor]]:
+    """SDPA at full width, on each backend that takes the shape and its mask."""
     size = (shape.batch, shape.rows, shape.heads, shape.head_dim)
     q, k, v = (
         torch.randn(size, device=device).to(getattr(torch, shape.dtype)).transpose(1, 2)
         for _ in "qkv"
     )
-    attend = F.scaled_dot_product_attention
-    return partial(attend, q, k, v, attn_mask=mask, is_causal=shape.is_causal)
+
+    def attend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):  # that one or an error: none stands in for another
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=shape.is_causal
+            )
+
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, backend in DENSE[device].items():
+        try:
+            attend(backend)
+        except RuntimeError as error:
+            print(f"  {name} does not take it: {str(error).splitlines()[0]}", flush=True)
+        else:
+            calls[name] = partial(attend, backend)
+    return calls
 
 
-def check(shape: Shape, device: str, calls: dict[str, Callable[[], Tensor]]) -> None:
+def check(
+    calls: dict[str, Callable[[], Tensor]], latents: tuple[Tensor, ...], keywords: dict
+) -> None:
     """Raise unless each low-rank contestant is as close to float64 as lifted eager is."""
-    latents, keywords = operands(shape, device)
     few = {
-        name: x.double() if isinstance(x, Tensor) and x.dtype != torch.bool else x
+        name: (x[:1] if name == "mask" else x[:GATE_HEADS]) if isinstance(x, Tensor) else x
         for name, x in keywords.items()
+    } | {"num_heads": GATE_HEADS}
+    doubled = {
+        name: x.double() if isinstance(x, Tensor) and x.dtype != torch.bool else x
+        for name, x in few.items()
     }
-    if "mask" in few:
-        few["mask"] = few["mask"][:GATE_BATCH]
-    exact = lifted(*(x[:GATE_BATCH].double() for x in latents), **few)
-    eager_error = (calls["lifted eager"]()[:GATE_BATCH] - exact).norm()
-    budget = 1.1 * eager_error + 2 * torch.finfo(latents[0].dtype).eps * exact.norm()
-    for name, call in calls.items():
-        if name == "dense sdpa":
-            continue
-        error = (call()[:GATE_BATCH] - exact).norm()
-        if not error <= budget:
-            raise AssertionError(f"{shape} {name}: error {error:.3e} over {budget:.3e}")
+    exact = lifted(*(x[:1, :GATE_HEADS].double() for x in latents), **doubled)
 
+    def error(name: str) -> float:
+        return float((calls[name]()[:1, :GATE_HEADS] - exact).norm())
 
-def measure_shape(shape: Shape, device: str, rounds: int) -> dict:
-    torch._dynamo.reset()
-    calls = contestants(shape, device)
-    check(shape, device, calls)
-    peaks = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
-    timed = calls if device == "cpu" else {name: captured(call) for name, call in calls.items()}
-    times = median_ms(timed, device, rounds=rounds)
+    rounding = 2 * torch.finfo(latents[0].dtype).eps * float(exact.norm())
+    budget = 1.1 * error("lifted eager") + rounding
     for name in calls:
-        print(f"  {name:16} {times[name]:8.4f} ms {peaks[name] / 2**20:8.1f} MiB", flush=True)
-    return asdict(shape) | {"ms": times, "peak_bytes": peaks}
+        if name.startswith("dense"):
+            continue
+        found = error(name)
+        if not found <= budget:
+            raise AssertionError(f"{name}: error {found:.3e} over {budget:.3e}")
+
+
+def measure_row(row: Row, device: str, rounds: int) -> dict:
+    torch._dynamo.reset()
+    shape = row.shape
+    latents, keywords = operands(shape, device)
+    calls = contestants(shape, device, latents, keywords)
+    check(calls, latents, keywords)
+    of = AttentionOperands(*latents, **keywords)
+    measured = contest(
+        calls,
+        device,
+        dtype=latents[0].dtype,
+        work=work_of(of, visible_keys(shape, of.mask)),
+        targets=row.targets,
+        rounds=rounds,
+    )
+    return asdict(shape) | measured
 
 
 def measure_tiles(shape: Shape, rounds: int) -> dict:
@@ -155,12 +242,13 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
     latents, keywords = operands(shape, "cuda")
     of = AttentionOperands(*latents, **keywords)
     properties = torch.cuda.get_device_properties("cuda")
+    rank_q, rank_k, rank_v = shape.ranks
     extents = AttentionExtents(
         head_dim_qk=shape.head_dim,
         head_dim_v=shape.head_dim,
-        rank_q=shape.rank,
-        rank_k=shape.rank,
-        rank_v=shape.rank,
+        rank_q=rank_q,
+        rank_k=rank_k,
+        rank_v=rank_v,
         q_lifted=True,
         v_lifted=True,
         element_bytes=2,
@@ -186,15 +274,15 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="time every candidate tile")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    rows = []
-    for shape in SHAPES[arguments.device]:
-        print(shape, flush=True)
+    measured = []
+    for row in ROWS[arguments.device]:
+        print(f"\n{row.shape}", flush=True)
         if arguments.tiles:
-            rows.append(measure_tiles(shape, arguments.rounds))
+            measured.append(measure_tiles(row.shape, arguments.rounds))
         else:
-            rows.append(measure_shape(shape, arguments.device, arguments.rounds))
+            measured.append(measure_row(row, arguments.device, arguments.rounds))
     name = "attention_tiles" if arguments.tiles else f"attention_{arguments.device}"
-    print(write_results(name, rows, arguments.device))
+    print(write_results(name, measured, arguments.device))
 
 
 if __name__ == "__main__":

@@ -1,63 +1,122 @@
-"""A whole encoder: BERT-base's shape at fixed ranks, ours beside every way to run it without us.
+"""A whole encoder at fixed ranks, ours beside every way to run it without us.
 
-    python -m bench.encoder [--shape 32x512] [--shape 8x2048]
+    python -m bench.encoder [--case bert:32x512:bfloat16] [--case vit:128x197:bfloat16]
 
-12 layers, rank 40 a head for q, k and v, rank 240 elsewhere, a padding mask with ragged lengths,
-bfloat16 on a GPU (float32 on a CPU). Interleaved medians, after the gate: ours may err against a
-float64 run of the same low-rank model by no more than 1.1 times what eager errs.
+BERT-base's or ViT-B/16's shape, 12 layers, rank 40 a head for q, k and v, rank 240 elsewhere;
+BERT with a padding mask of ragged lengths. `tf32` is float32 whose matrix products may use TF32.
+Interleaved medians, host and device, after the gate: ours may err against a float64 run of the
+same low-rank model by no more than 1.1 times what eager errs.
 """
 
 import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
+from bench.targets import Target, verdicts
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
 
 HEAD_RANK = 40
 RANK = 240
 GATE = 1.1  # times eager's own error
+PATCH = 16
+
+# How a query, key or value projection is called, in the versions of transformers that we support.
+PROJECTIONS = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    batch: int
+    length: int
+    dtype: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """MODEL:BATCHxLENGTH:DTYPE"""
+        try:
+            model, sizes, dtype = text.split(":")
+            batch, length = map(int, sizes.split("x"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not MODEL:BATCHxLENGTH:DTYPE, as bert:32x512:bfloat16 is"
+            ) from None
+        if model not in MODELS or dtype not in DTYPES:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: models are {', '.join(MODELS)}; dtypes are {', '.join(DTYPES)}"
+            )
+        return cls(model, batch, length, dtype)
+
+    @property
+    def targets(self) -> list[Target]:
+        """On a GPU: what rank space has to gain over Inductor, and to save of eager's bytes."""
+        if self.dtype != "bfloat16":
+            return [Target("ours", ("low-rank Inductor",), 1.0)]
+        low_rank, dense = (1.4, 1.4) if self.length >= 2048 else (1.5, 1.3)
+        return [
+            Target("ours", ("low-rank Inductor",), low_rank),
+            Target("ours", ("dense Inductor",), dense),
+            Target("ours", ("low-rank eager",), 1.0, bytes_share=0.45),
+        ]
+
+
+def bert(length: int) -> nn.Module:
+    return BertModel(BertConfig(max_position_embeddings=length), add_pooling_layer=False)
+
+
+def vit(length: int) -> nn.Module:
+    """``length`` is that of a square of patches and one class token."""
+    side = round((length - 1) ** 0.5)
+    if side * side + 1 != length:
+        raise ValueError(f"ViT's length is a square and one, as 197 is, not {length}")
+    config = ViTConfig(image_size=side * PATCH, patch_size=PATCH)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"bert": bert, "vit": vit}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+
+CASES = {
+    "cuda": [
+        "bert:32x512:bfloat16",
+        "bert:8x2048:bfloat16",
+        "vit:128x197:bfloat16",
+        "bert:32x512:float32",
+        "bert:32x512:tf32",
+    ],
+    "cpu": ["bert:4x256:float32"],
+}
 
 
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     torch._dynamo.config.automatic_dynamic_shapes = False
-    torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=args.layers, max_position_embeddings=4096)
-    dense: nn.Module = BertModel(config, add_pooling_layer=False).eval().to(args.device)
-    low_rank = factored(copy.deepcopy(dense))
-    exact = copy.deepcopy(low_rank).double()
-    dense.to(dtype)
-    low_rank.to(dtype)
     print(environment(args.device))
-    rows = []
-    for shape in args.shape:
-        batch, length = map(int, shape.split("x"))
-        rows += measure(dense, low_rank, exact, ragged_inputs(batch, length, args.device), shape)
-    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+    rows = [measure(case, args.device) for case in args.case]
     print(write_results(args.name, rows, args.device))
     if not all(row["gate"] for row in rows):
         raise SystemExit("the correctness gate is red: the times above mean nothing")
 
 
-def factored(model: Any) -> nn.Module:
-    """Replace every linear of the encoder: q, k, v per head at HEAD_RANK, the others at RANK."""
-    config = model.config
+def factored(model: nn.Module) -> nn.Module:
+    """Replace every linear of the layers: q, k, v per head at HEAD_RANK, the others at RANK."""
+    config: Any = model.config
     head_dim = config.hidden_size // config.num_attention_heads
-    for path, module in list(model.encoder.named_modules()):
+    for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
         parent, _, name = path.rpartition(".")
         low_rank: nn.Module
-        if name in ("query", "key", "value"):
+        if name in PROJECTIONS:
             low_rank = PerHeadLowRankLinear(
                 module.in_features, config.num_attention_heads, head_dim, HEAD_RANK,
                 device=module.weight.device,
@@ -66,23 +125,33 @@ def factored(model: Any) -> nn.Module:
             low_rank = LowRankLinear(
                 module.in_features, module.out_features, RANK, device=module.weight.device
             )
-        setattr(model.encoder.get_submodule(parent), name, low_rank)
+        setattr(model.get_submodule(parent), name, low_rank)
     return model.eval()
 
 
-def ragged_inputs(batch: int, length: int, device: str) -> dict[str, Tensor]:
-    """Random tokens; each row is padded after a length of its own, at least half."""
-    ids = torch.randint(0, 30000, (batch, length), device=device)
-    lengths = torch.randint(length // 2, length + 1, (batch, 1), device=device)
-    lengths[0] = length
-    mask = (torch.arange(length, device=device) < lengths).long()
+def inputs_of(case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random pixels; or random tokens, each row padded after a length of its own, at least half."""
+    if case.model == "vit":
+        side = round((case.length - 1) ** 0.5) * PATCH
+        pixels = torch.randn(case.batch, 3, side, side, device=device)
+        return {"pixel_values": pixels.to(dtype)}
+    ids = torch.randint(0, 30000, (case.batch, case.length), device=device)
+    lengths = torch.randint(case.length // 2, case.length + 1, (case.batch, 1), device=device)
+    lengths[0] = case.length
+    mask = (torch.arange(case.length, device=device) < lengths).long()
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def measure(
-    dense: nn.Module, low_rank: nn.Module, exact: nn.Module, inputs: dict[str, Tensor], shape: str
-) -> list[dict[str, object]]:
-    device = inputs["input_ids"].device
+def measure(case: Case, device: str) -> dict[str, Any]:
+    torch._dynamo.reset()
+    dtype = DTYPES[case.dtype]
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    dense = MODELS[case.model](case.length).eval().to(device)
+    low_rank = factored(copy.deepcopy(dense))
+    exact = copy.deepcopy(low_rank).double()
+    dense.to(dtype)
+    low_rank.to(dtype)
+    inputs = inputs_of(case, device, dtype)
     runs: dict[str, Callable] = {
         "dense eager": dense,
         "dense Inductor": torch.compile(dense, backend="inductor"),
@@ -90,42 +159,65 @@ def measure(
         "low-rank Inductor": torch.compile(low_rank, backend="inductor"),
         "ours": torch.compile(low_rank, backend="flashsvd"),
     }
-    calls = {name: lambda run=run: run(**inputs)[0] for name, run in runs.items()}
-    kept = inputs["attention_mask"].bool()
-    reference = torch.cat([  # float64 activations of the whole batch need not fit
-        exact(**{k: v[i : i + 1] for k, v in inputs.items()})[0].float() for i in range(len(kept))
-    ])[kept]  # fmt: skip
-    errors = {
-        name: float((calls[name]()[kept].float() - reference).norm() / reference.norm())
-        for name in ("low-rank eager", "low-rank Inductor", "ours")
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: lambda run=run: run(**inputs)[0]  # type: ignore[misc]
+        for name, run in runs.items()
     }
+    errors = errors_of(calls, exact, inputs)
     peaks = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
-    rounds = {"warmup": 3, "rounds": 30} if device.type == "cuda" else {"warmup": 1, "rounds": 5}
+    rounds = {"warmup": 3, "rounds": 30} if device == "cuda" else {"warmup": 1, "rounds": 5}
     times = median_ms(calls, device, **rounds)
-    gate = errors["ours"] <= GATE * errors["low-rank eager"]
-    return [
-        {
-            "shape": shape,
-            "model": name,
-            "median_ms": times[name],
-            "speedup_of_ours": times[name] / times["ours"],
-            "peak_mib": peaks[name] / 2**20,
-            "error": errors.get(name),
-            "gate": gate,
-        }
-        for name in runs
-    ]
+    table = {
+        "model": list(runs),
+        "median ms": [f"{times[name]:.3f}" for name in runs],
+        "speedup of ours": [f"{times[name] / times['ours']:.2f}" for name in runs],
+        "peak MiB": [f"{peaks[name] / 2**20:.0f}" for name in runs],
+        "error": [f"{errors[name]:.2e}" if name in errors else "" for name in runs],
+    }
+    print(f"\n{case}\n{tabulate(table, headers='keys', disable_numparse=True)}", flush=True)
+    outcomes = verdicts(case.targets if device == "cuda" else (), times, peaks)
+    for outcome in outcomes:
+        print(f"  {outcome}", flush=True)
+    return asdict(case) | {
+        "ms": times,
+        "peak_bytes": peaks,
+        "error": errors,
+        "gate": errors["ours"] <= GATE * errors["low-rank eager"],
+        "verdicts": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def errors_of(
+    calls: dict[str, Callable[[], Tensor]], exact: nn.Module, inputs: dict[str, Tensor]
+) -> dict[str, float]:
+    """Of each low-rank run against float64, relative, where no padding is."""
+    doubled = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    one_by_one = (  # float64 activations of the whole batch need not fit
+        exact(**{name: row[None] for name, row in zip(doubled, rows, strict=True)})[0].float()
+        for rows in zip(*doubled.values(), strict=True)
+    )
+    reference = torch.cat(list(one_by_one))
+    kept = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+    return {
+        name: float((call()[kept].float() - reference[kept]).norm() / reference[kept].norm())
+        for name, call in calls.items()
+        if not name.startswith("dense")
+    }
 
 
 def parse_args() -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", action="append", help="BATCHxLENGTH, may be given repeatedly")
+    parser.add_argument(
+        "--case",
+        action="append",
+        type=Case.parse,
+        help="MODEL:BATCHxLENGTH:DTYPE, may be given repeatedly",
+    )
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
-    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--name", default="encoder", help="of the file in bench/results/")
     args = parser.parse_args()
-    args.shape = args.shape or ["32x512", "8x2048"]
+    args.case = args.case or [Case.parse(text) for text in CASES[args.device]]
     return args
 
 

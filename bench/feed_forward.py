@@ -8,15 +8,15 @@ Each shape is timed in one run, contestants interleaved; before that every low-r
 be as close to float64 as the unfused eager expression is. A shape of kind `latent` goes from
 latents to latent; a `chain` also has the outer factors, hidden size in and out. `dense` is the pair
 (triple when gated) of full-width linears of the same hidden and intermediate size, compiled; it
-computes another function and passes no gate. On CUDA each contestant is replayed from a graph, so
-that the device is timed and not the host. Bytes are the peak of one call, its output included.
-Results go to ``bench/results``.
+computes another function and passes no gate. Gate and up have latents of their own. Results go to
+``bench/results``.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ from flashsvd_compile.kernels.feed_forward_tiles import default_tile
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
-from bench.measure import captured, median_ms, peak_transient_bytes, write_results
+from bench.contest import contest
+from bench.measure import write_results
+from bench.targets import Target
+from bench.work import Work
 
 GATE_ROWS = 256
 
@@ -47,14 +50,41 @@ class Shape:
     block_rows: int | None = None  # of the row blocks; None takes the default
 
 
+def _bert(rank: int) -> Shape:
+    return Shape(f"bert r{rank}", "latent", 65536, 768, 3072, rank)
+
+
+def _swiglu(rows: int, hidden_size: int, intermediate_size: int, rank: int) -> Shape:
+    return Shape(
+        f"swiglu r{rank}", "latent", rows, hidden_size, intermediate_size, rank, "silu", True,
+        bias=False,
+    )  # fmt: skip
+
+
+def _over_inductor(ours: str, speedup: float, bytes_share: float) -> Target:
+    return Target(ours, ("unfused Inductor",), speedup, bytes_share)
+
+
+# By name of a shape. A share of 0.03 and 0.2: what streaming and row blocks leave of the bytes.
+TARGETS: dict[str, list[Target]] = {
+    "bert r64": [_over_inductor("streamed", 1.7, 0.03)],
+    "bert r128": [_over_inductor("streamed", 1.5, 0.03)],
+    "bert r240": [_over_inductor("streamed", 1.2, 0.03)],
+    "bert r256": [_over_inductor("streamed", 1.2, 0.03)],
+    "swiglu r96": [_over_inductor("streamed", 1.8, 0.03)],
+    "swiglu r384": [_over_inductor("streamed", 1.15, 0.03)],
+    "swiglu r1024": [_over_inductor("row_blocks", 1.0, 0.2)],
+    "swiglu r1490": [_over_inductor("row_blocks", 1.0, 0.2)],
+}
+
 SHAPES: dict[str, dict[str, list[Shape]]] = {
     "cuda": {
         "main": [
-            Shape("bert r64", "latent", 65536, 768, 3072, 64),
-            Shape("bert r128", "latent", 65536, 768, 3072, 128),
-            Shape("bert r240", "latent", 65536, 768, 3072, 240),
-            Shape("llama r128", "latent", 32768, 4096, 11008, 128, "silu", True, bias=False),
-            Shape("llama r1024", "latent", 32768, 4096, 11008, 1024, "silu", True, bias=False),
+            *(_bert(rank) for rank in (64, 128, 240, 256)),
+            *(_swiglu(16384, 768, 3072, rank) for rank in (96, 384)),
+            _swiglu(32768, 4096, 11008, 1024),
+            _swiglu(16384, 4096, 14336, 1490),
+            Shape("chain r64", "chain", 16384, 768, 3072, 64),
         ],
         "crossover": [
             Shape(f"{act} r{rank}", "latent", 65536, 768, 3072, rank, act, gated, bias=not gated)
@@ -93,65 +123,64 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of one shape, and the contestants as functions of one input."""
+    """Inputs of one shape, its weights, and the contestants as functions of the inputs."""
 
-    input: Tensor
-    contestants: dict[str, Callable[[Tensor], Tensor]]
-    exact: Callable[[Tensor], Tensor]
+    inputs: tuple[Tensor, ...]
+    weights: dict[str, Tensor]
+    contestants: dict[str, Callable[..., Tensor]]
+    exact: Callable[..., Tensor]
 
 
 def build(shape: Shape, device: str) -> Problem:
-    torch.manual_seed(0)
+    """Fresh random operands: latents (up, and gate), or what a chain's own factors read."""
     dtype = getattr(torch, shape.dtype)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, device=device) * scale).to(dtype)
 
     rank, width, hidden = shape.rank, shape.intermediate_size, shape.hidden_size
-    chain = shape.kind == "chain"
-    x = normal(shape.rows, hidden if chain else rank)
-    weights = {
-        "up_factor": normal(width, rank, scale=rank**-0.5),
+    latents = ("up", "gate") if shape.gated else ("up",)
+    core = {
+        **{f"{name}_factor": normal(width, rank, scale=rank**-0.5) for name in latents},
         "down_factor": normal(rank, width, scale=width**-0.5),
     }
     if shape.bias:
-        weights |= {"up_bias": normal(width), "down_bias": normal(rank)}
-    if shape.gated:
-        weights["gate_factor"] = normal(width, rank, scale=rank**-0.5)
-    if chain:
-        weights |= {
-            "first": normal(rank, hidden, scale=hidden**-0.5),
-            "last": normal(hidden, rank, scale=rank**-0.5),
-        }
+        core |= {"up_bias": normal(width), "down_bias": normal(rank)}
+    outer: dict[str, Tensor] = {}
+    if shape.kind == "chain":
+        outer = {name: normal(rank, hidden, scale=hidden**-0.5) for name in latents}
+        outer["last"] = normal(hidden, rank, scale=rank**-0.5)
 
-    def through(core: Callable[..., Tensor], weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        inner = {name: w for name, w in weights.items() if name not in ("first", "last")}
-        latent = F.linear(x, weights["first"]) if chain else x
-        if shape.gated:
-            # A second latent of the same values: what is timed does not depend on them.
-            inner["gate"] = latent
-        out = core(FeedForwardOperands(latent, **inner, activation=shape.activation))
-        return F.linear(out, weights["last"]) if chain else out
+    def through(run: Callable[..., Tensor], *inputs: Tensor, exact: bool = False) -> Tensor:
+        inner, around = (
+            {name: weight.double() if exact else weight for name, weight in weights.items()}
+            for weights in (core, outer)
+        )
+        if around:
+            inputs = tuple(F.linear(inputs[0], around[name]) for name in latents)
+        operands = dict(zip(latents, inputs, strict=True)) | inner
+        out = run(FeedForwardOperands(**operands, activation=shape.activation))
+        return F.linear(out, around["last"]) if around else out
 
-    eager = partial(through, unfused_feed_forward, weights)
-    contestants: dict[str, Callable[[Tensor], Tensor]] = {
-        "row_blocks": partial(
-            through, partial(row_blocks_feed_forward, block_rows=shape.block_rows), weights
-        ),
+    eager = partial(through, unfused_feed_forward)
+    row_blocks = partial(row_blocks_feed_forward, block_rows=shape.block_rows)
+    contestants: dict[str, Callable[..., Tensor]] = {
+        "row_blocks": partial(through, row_blocks),
         "unfused eager": eager,
-        "unfused inductor": torch.compile(eager, dynamic=False),
-        "dense inductor": torch.compile(_dense(shape, normal), dynamic=False),
+        "unfused Inductor": torch.compile(eager, dynamic=False),
+        "dense Inductor": torch.compile(_dense(shape, normal), dynamic=False),
     }
     if device == "cuda":
         from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 
         tile = tile_of(shape)
         if tile is not None:
-            streamed = partial(through, partial(streamed_feed_forward, tile=tile), weights)
+            streamed = partial(through, partial(streamed_feed_forward, tile=tile))
             contestants = {"streamed": streamed, **contestants}
-    doubled = {name: weight.double() for name, weight in weights.items()}
-    exact = partial(through, unfused_feed_forward, doubled)
-    return Problem(x, contestants, lambda x: exact(x.double()))
+    inputs = (
+        (normal(shape.rows, hidden),) if outer else tuple(normal(shape.rows, rank) for _ in latents)
+    )
+    return Problem(inputs, core | outer, contestants, partial(eager, exact=True))
 
 
 def tile_of(shape: Shape) -> TileConfig | None:
@@ -177,51 +206,54 @@ def _dense(shape: Shape, normal: Callable[..., Tensor]) -> Callable[[Tensor], Te
         operands |= {"up_bias": normal(width), "down_bias": normal(hidden)}
     if shape.gated:
         operands |= {"gate": dense_input, "gate_factor": normal(width, hidden, scale=hidden**-0.5)}
-    return lambda _: unfused_feed_forward(
+    return lambda *_: unfused_feed_forward(
         FeedForwardOperands(dense_input, **operands, activation=shape.activation)
     )
 
 
 def check(problem: Problem) -> None:
     """Raise unless each low-rank contestant is as close to float64 as unfused eager is."""
-    few = problem.input[:GATE_ROWS]
-    exact = problem.exact(few)
-    eager_error = (problem.contestants["unfused eager"](few) - exact).norm()
-    budget = 1.1 * eager_error + 2 * torch.finfo(few.dtype).eps * exact.norm()
+    few = [x[:GATE_ROWS] for x in problem.inputs]
+    exact = problem.exact(*(x.double() for x in few))
+    eager_error = (problem.contestants["unfused eager"](*few) - exact).norm()
+    budget = 1.1 * eager_error + 2 * torch.finfo(few[0].dtype).eps * exact.norm()
     for name, contestant in problem.contestants.items():
-        if name == "dense inductor":
+        if name == "dense Inductor":
             continue
-        error = (contestant(problem.input)[:GATE_ROWS] - exact).norm()
+        error = (contestant(*problem.inputs)[:GATE_ROWS] - exact).norm()
         if not error <= budget:
             raise AssertionError(f"{name}: error {error:.3e} over the budget {budget:.3e}")
 
 
-def measure_shape(shape: Shape, device: str, rounds: int) -> dict:
+def work_of(shape: Shape, problem: Problem) -> Work:
+    """The least work of a call; an activation costs at least one exponential an element."""
+    elements = shape.rows * shape.intermediate_size
+    products = elements * shape.rank * (3 if shape.gated else 2)
+    if shape.kind == "chain":
+        products += shape.rows * shape.hidden_size * shape.rank * (3 if shape.gated else 2)
+    read = sum(x.nbytes for x in (*problem.inputs, *problem.weights.values()))
+    width = shape.hidden_size if shape.kind == "chain" else shape.rank
+    written = shape.rows * width * getattr(torch, shape.dtype).itemsize
+    return Work(2 * products, read + written, elements)
+
+
+def measure_shape(shape: Shape, device: str, rounds: int) -> dict[str, Any]:
+    torch._dynamo.reset()
     problem = build(shape, device)
-    calls = {name: partial(call, problem.input) for name, call in problem.contestants.items()}
+    calls = {name: partial(call, *problem.inputs) for name, call in problem.contestants.items()}
+    print(f"\n{shape.name}: {shape}", flush=True)
     with torch.inference_mode():
         check(problem)
-        if device == "cuda":
-            replays = {name: captured(call) for name, call in calls.items()}
-            milliseconds = median_ms(replays, device, rounds=rounds)
-        else:
-            milliseconds = median_ms(calls, device, rounds=rounds)
-        held = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
-    operations = 2 * shape.rows * shape.intermediate_size * shape.rank * (3 if shape.gated else 2)
-    if shape.kind == "chain":
-        operations += 4 * shape.rows * shape.hidden_size * shape.rank
-    rows: dict[str, dict] = {}
-    print(f"\n{shape.name}: {shape}")
-    for name, ms in milliseconds.items():
-        rows[name] = {"median_ms": ms, "peak_transient_bytes": held[name]}
-        line = f"  {name:17} {ms:9.3f} ms {held[name] / 2**20:9.1f} MiB"
-        if name != "dense inductor":
-            rows[name]["tflops"] = operations / ms / 1e9
-            line += f" {rows[name]['tflops']:8.2f} TFLOP/s"
-        print(line, flush=True)
-    if "streamed" in rows:
-        rows["streamed"]["tile"] = vars(tile_of(shape))
-    return {"shape": asdict(shape), "contestants": rows}
+        row = contest(
+            calls,
+            device,
+            dtype=getattr(torch, shape.dtype),
+            work=work_of(shape, problem),
+            targets=TARGETS.get(shape.name, ()) if device == "cuda" else (),
+            rounds=rounds,
+        )
+    tile = tile_of(shape) if device == "cuda" else None
+    return {"shape": asdict(shape), "tile": vars(tile) if tile else None, **row}
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ class AttentionOperands:
             if operand.dtype != q.dtype or operand.device != q.device:
                 raise ValueError(
                     f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
-                    "all operands but the self.mask must share both"
+                    "all operands but the mask must share both"
                 )
         if self.mask is not None:
             _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)

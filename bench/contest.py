@@ -1,0 +1,62 @@
+"""One row of a bench: its contestants timed in turns, with their bytes, targets and floor."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from bench.measure import captured, median_ms, peak_transient_bytes
+from bench.targets import Target, verdicts
+from bench.work import Work
+
+AGREEMENT = 1.03  # two runs that differ by more were disturbed: neither is a figure
+
+
+def contest(
+    calls: Mapping[str, Callable[[], Tensor]],
+    device: str,
+    *,
+    dtype: torch.dtype,
+    work: Work,
+    targets: Sequence[Target] = (),
+    rounds: int = 30,
+) -> dict[str, Any]:
+    """Time ``calls`` twice, print a table and the verdicts, and return the row for the results.
+
+    Milliseconds are medians of interleaved calls, on CUDA of replayed graphs: the device is timed
+    and not the host. ``work`` is the least that any low-rank contestant does. Transient bytes are
+    the peak of a call without its output.
+    """
+    transient = {
+        name: peak_transient_bytes(call, device) - call().nbytes for name, call in calls.items()
+    }
+    timed = calls if device == "cpu" else {name: captured(call) for name, call in calls.items()}
+    first, second = (median_ms(timed, device, rounds=rounds) for _ in range(2))
+    times = {name: (first[name] + second[name]) / 2 for name in calls}
+    apart = {
+        name: max(first[name], second[name]) / min(first[name], second[name]) for name in calls
+    }
+    row: dict[str, Any] = {"ms": times, "two_runs": apart, "transient_bytes": transient}
+    floor_ms = None
+    if device == "cuda":
+        from bench.floors import measured_rates
+
+        floor_ms, pipe = measured_rates(dtype).floor_ms(work)
+        row |= {"work": asdict(work), "floor_ms": floor_ms, "floor_of": pipe}
+        print(f"  floor {floor_ms:.4f} ms ({pipe})")
+    table = {
+        "contestant": list(calls),
+        "ms": [f"{ms:.4f}" for ms in times.values()],
+        "transient MiB": [f"{size / 2**20:.1f}" for size in transient.values()],
+        "two runs": [f"{x:.3f}{' DISTURBED' * (x > AGREEMENT)}" for x in apart.values()],
+    }
+    if floor_ms is not None:
+        table["over the floor"] = [f"{ms / floor_ms:.2f}" for ms in times.values()]
+    print(tabulate(table, headers="keys", disable_numparse=True), flush=True)
+    outcomes = verdicts(targets, times, transient)
+    for outcome in outcomes:
+        print(f"  {outcome}", flush=True)
+    return row | {"verdicts": [asdict(outcome) for outcome in outcomes]}
