@@ -9,7 +9,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from bench.measure import captured, median_ms, peak_transient_bytes
-from bench.targets import Target, verdicts
+from bench.targets import Target, print_verdicts, verdicts
 from bench.work import Work
 
 AGREEMENT = 1.03  # two runs that differ by more were disturbed: neither is a figure
@@ -56,7 +56,4 @@ def contest(
     if floor_ms is not None:
         table["over the floor"] = [f"{ms / floor_ms:.2f}" for ms in times.values()]
     print(tabulate(table, headers="keys", disable_numparse=True), flush=True)
-    outcomes = verdicts(targets, times, transient)
-    for outcome in outcomes:
-        print(f"  {outcome}", flush=True)
-    return row | {"verdicts": [asdict(outcome) for outcome in outcomes]}
+    return row | {"verdicts": print_verdicts(verdicts(targets, times, transient))}

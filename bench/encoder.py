@@ -10,6 +10,7 @@ same low-rank model by no more than 1.1 times what eager errs.
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
-from bench.targets import Target, verdicts
+from bench.targets import Target, print_verdicts, verdicts
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
 
 HEAD_RANK = 40
@@ -73,12 +74,16 @@ def bert(length: int) -> nn.Module:
 
 
 def vit(length: int) -> nn.Module:
-    """``length`` is that of a square of patches and one class token."""
-    side = round((length - 1) ** 0.5)
+    config = ViTConfig(image_size=image_size(length), patch_size=PATCH)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def image_size(length: int) -> int:
+    """Pixels of the side of an image that is ``length`` tokens: a square of patches, a class."""
+    side = math.isqrt(length - 1)
     if side * side + 1 != length:
         raise ValueError(f"ViT's length is a square and one, as 197 is, not {length}")
-    config = ViTConfig(image_size=side * PATCH, patch_size=PATCH)
-    return ViTModel(config, add_pooling_layer=False)
+    return side * PATCH
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"bert": bert, "vit": vit}
@@ -132,7 +137,7 @@ def factored(model: nn.Module) -> nn.Module:
 def inputs_of(case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random pixels; or random tokens, each row padded after a length of its own, at least half."""
     if case.model == "vit":
-        side = round((case.length - 1) ** 0.5) * PATCH
+        side = image_size(case.length)
         pixels = torch.randn(case.batch, 3, side, side, device=device)
         return {"pixel_values": pixels.to(dtype)}
     ids = torch.randint(0, 30000, (case.batch, case.length), device=device)
@@ -175,15 +180,13 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "error": [f"{errors[name]:.2e}" if name in errors else "" for name in runs],
     }
     print(f"\n{case}\n{tabulate(table, headers='keys', disable_numparse=True)}", flush=True)
-    outcomes = verdicts(case.targets if device == "cuda" else (), times, peaks)
-    for outcome in outcomes:
-        print(f"  {outcome}", flush=True)
+    targets = case.targets if device == "cuda" else ()
     return asdict(case) | {
         "ms": times,
         "peak_bytes": peaks,
         "error": errors,
         "gate": errors["ours"] <= GATE * errors["low-rank eager"],
-        "verdicts": [asdict(outcome) for outcome in outcomes],
+        "verdicts": print_verdicts(verdicts(targets, times, peaks)),
     }
 
 

@@ -5,7 +5,8 @@ Where several baselines are named the fastest one that ran counts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,23 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target's outcome: ``ratio`` measured, ``asked`` wanted, both of ``what``."""
+    """One target's outcome: the ``ratio`` of ``what``, and the bound that it had to keep."""
 
     what: str
     ratio: float
+    bound: Literal["≥", "≤"]
     asked: float
-    passed: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio >= self.asked if self.bound == "≥" else self.ratio <= self.asked
 
     def __str__(self) -> str:
         outcome = "pass" if self.passed else "FAIL"
-        sign = "≥" if self.what.startswith("time") else "≤"
-        return f"{outcome}  {self.what}: {self.ratio:.3f}, asked {sign} {self.asked}"
+        return f"{outcome}  {self.what}: {self.ratio:.3f}, asked {self.bound} {self.asked}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
 
 
 def verdicts(
@@ -44,18 +51,22 @@ def verdicts(
     """The outcome of each target; a ValueError names a contestant that did not run."""
     outcomes = []
     for target in targets:
+        ours, asked = target.ours, target.bytes_share
         ran = [name for name in target.baselines if name in milliseconds]
-        if not ran or target.ours not in milliseconds:
-            missing = target.ours if ran else " and ".join(target.baselines)
+        if not ran or ours not in milliseconds:
+            missing = ours if ran else " and ".join(target.baselines)
             raise ValueError(f"{missing} did not run, only {', '.join(milliseconds)}")
         fastest = min(ran, key=lambda name: milliseconds[name])
-        ratio = milliseconds[fastest] / milliseconds[target.ours]
-        what = f"time of {fastest} over {target.ours}"
-        outcomes.append(Verdict(what, ratio, target.speedup, ratio >= target.speedup))
-        if target.bytes_share is not None:
-            least = min(held_bytes[name] for name in ran)
-            share = held_bytes[target.ours] / least
-            what = f"bytes of {target.ours} over {' or '.join(ran)}"
-            asked = target.bytes_share
-            outcomes.append(Verdict(what, share, asked, share <= asked))
+        ratio = milliseconds[fastest] / milliseconds[ours]
+        outcomes.append(Verdict(f"time of {fastest} over {ours}", ratio, "≥", target.speedup))
+        if asked is not None:
+            share = held_bytes[ours] / min(held_bytes[name] for name in ran)
+            outcomes.append(Verdict(f"bytes of {ours} over {' or '.join(ran)}", share, "≤", asked))
     return outcomes
+
+
+def print_verdicts(outcomes: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """A line each; returns them as they go into the results."""
+    for outcome in outcomes:
+        print(f"  {outcome}", flush=True)
+    return [outcome.to_dict() for outcome in outcomes]

@@ -56,10 +56,7 @@ def compiled(model, dynamic=None):
 
 
 def assert_same(got, expected):
-    """The same operators run in the same order, so only the summation order of a library differs.
-
-    It may follow the alignment of its operands, which is another for each run.
-    """
+    """Bit for bit: the same operators run in the same order."""
     got, expected = pytree.tree_leaves(got), pytree.tree_leaves(expected)
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
@@ -67,8 +64,7 @@ def assert_same(got, expected):
         if not isinstance(other, Tensor):
             assert one == other
             continue
-        rounding = torch.finfo(other.dtype).eps if other.is_floating_point() else 0
-        torch.testing.assert_close(one, other, rtol=8 * rounding, atol=8 * rounding, equal_nan=True)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         assert one.requires_grad == other.requires_grad
         assert one.stride() == other.stride()
 
@@ -180,9 +176,12 @@ def test_models_train(name):
 def test_static_cache_is_updated_in_place():
     model = _llama("sdpa").eval()
     run, backend = compiled(model)
+    # transformers leaves out a mask that hides nothing, but not where it is traced: SDPA then
+    # runs on other paths than in the plain model, and rounds otherwise.
+    traced = torch.compile(model, backend="eager")
     outputs = []
     with torch.no_grad():
-        for forward in (run, model):
+        for forward in (run, traced):
             torch.manual_seed(1)
             cache = StaticCache(config=model.config, max_cache_len=12)
             results = []
