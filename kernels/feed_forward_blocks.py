@@ -5,11 +5,13 @@
 
 Operands: ``feed_forward_operands.py``. Only [block_rows, F] exists of the intermediate
 (twice when gated), whatever the number of rows, and where the last cache is large enough it stays
-there between the three operators that touch it. Each operator rounds to the dtype, as unfused. No
-autograd.
+there between the three operators that touch it. Each operator rounds to the dtype, as unfused; on
+a GPU a gated activation is one pass that rounds once (``activation_pass.py``), and ranks that
+library GEMMs are slow at are padded. No autograd.
 """
 
 import torch
+import torch.nn.functional as F
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from torch import Tensor
@@ -28,11 +30,18 @@ CPU_BLOCK_ROWS = 512
 CPU_FASTEST_FROM_BLOCKS = 2
 
 # A block's second GEMM writes [block_rows, R_d] only: enough rows for this many waves of
-# GEMM_TILE × GEMM_TILE output tiles over the multiprocessors. On an H100 at rank 1024 (4224 rows of
-# 32768, F 11008, SiLU gate) that costs 5% over unfused eager, for an eighth of its bytes; torch
-# 2.11.0, 2026-11-25, `python -m bench.feed_forward --device cuda`.
+# GEMM_TILE × GEMM_TILE output tiles over the multiprocessors. On an H100 80GB HBM3 at rank 1024
+# (4224 rows of 32768, F 11008, SiLU gate) that takes 1.07 times what the unfused expression takes
+# under Inductor, for 14% of its bytes; blocks of 1024 rows 1.22 times, of 16384 rows 1.01 times.
+# torch 2.11.0, bfloat16, 2026-11-26.
 GEMM_TILE = 128
 GPU_WAVES = 2
+
+# Library GEMMs on a GPU want every extent to be a multiple of 16 bytes: on an H100 80GB HBM3
+# (torch 2.11.0, bfloat16, 2026-11-26) one of 2816 × 14336 took 0.60 ms at rank 1490, 0.18 at 1496,
+# and copying a factor 0.07. At 1024 rows that made no difference, from 2048 on it paid.
+ALIGNED_BYTES = 16
+ALIGNED_FROM_ROWS = 2048
 
 
 @torch.no_grad()
@@ -50,21 +59,32 @@ def row_blocks_feed_forward(
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
 
-    activate_in_place = ACTIVATIONS[of.activation].in_place
+    aligned = _alignment(of)
+    up_factor = _padded(of.up_factor, columns=aligned)
+    gate_factor = None if of.gate_factor is None else _padded(of.gate_factor, columns=aligned)
+    down_factor, down_bias = _padded(of.down_factor, rows=aligned), of.down_bias
+    if down_bias is not None:
+        down_bias = _padded(down_bias[:, None], rows=aligned)[:, 0]
     buffer_rows = min(block_rows, rows)
     up_buffer = of.up.new_empty(buffer_rows, of.intermediate_size)
     gate_buffer = torch.empty_like(up_buffer) if gate is not None else None
+    is_padded = down_factor is not of.down_factor
+    latent_buffer = of.up.new_empty(buffer_rows, down_factor.shape[0]) if is_padded else None
     for start in range(0, rows, block_rows):
         stop = min(start + block_rows, rows)
-        hidden = up_buffer[: stop - start]
-        _linear_into(hidden, of.up[start:stop], of.up_factor, of.up_bias)
-        if gate is None or of.gate_factor is None or gate_buffer is None:
-            activate_in_place(hidden)
-        else:
+        hidden, gated = up_buffer[: stop - start], None
+        _linear_into(hidden, _padded(of.up[start:stop], columns=aligned), up_factor, of.up_bias)
+        if gate is not None and gate_factor is not None and gate_buffer is not None:
             gated = gate_buffer[: stop - start]
-            _linear_into(gated, gate[start:stop], of.gate_factor, of.gate_bias)
-            hidden.mul_(activate_in_place(gated))
-        _linear_into(out[start:stop], hidden, of.down_factor, of.down_bias)
+            gate_rows = _padded(gate[start:stop], columns=aligned)
+            _linear_into(gated, gate_rows, gate_factor, of.gate_bias)
+        _activate_in_place(hidden, gated, of.activation)
+        if latent_buffer is None:
+            _linear_into(out[start:stop], hidden, down_factor, down_bias)
+        else:
+            latent = latent_buffer[: stop - start]
+            _linear_into(latent, hidden, down_factor, down_bias)
+            out[start:stop] = latent[:, : of.rank_down]
     return out
 
 
@@ -82,3 +102,26 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _alignment(of: FeedForwardOperands) -> int:
+    """What the ranks are padded to a multiple of, in copies of the factors."""
+    is_long = of.up.is_cuda and of.rows >= ALIGNED_FROM_ROWS
+    return ALIGNED_BYTES // of.up.element_size() if is_long else 1
+
+
+def _padded(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
+    """``x``, or a copy with rows and columns of zeros up to multiples of those."""
+    missing = (-x.shape[0] % rows, -x.shape[1] % columns)
+    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+
+
+def _activate_in_place(hidden: Tensor, gate: Tensor | None, activation: str) -> None:
+    if hidden.is_cuda:
+        from flashsvd_compile.kernels.activation_pass import activate_
+
+        activate_(hidden, gate, activation)
+    elif gate is None:
+        ACTIVATIONS[activation].in_place(hidden)
+    else:
+        hidden.mul_(ACTIVATIONS[activation].in_place(gate))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.activation_pass import activate_
 from flashsvd_compile.kernels.activations import ACTIVATIONS, validate_activation
 from flashsvd_compile.kernels.activations_triton import activate
 
@@ -122,3 +123,18 @@ def test_imports_no_triton(module):
     code = f"import sys, flashsvd_compile.kernels.{module}; print('triton.language' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_pass_over_memory(dtype, gated, activation):
+    """More than one block of it, the last one ragged; rounded once."""
+    hidden, gate = (torch.randn(37, 111, device=DEVICE).to(dtype) for _ in range(2))
+    function = ACTIVATIONS[activation].function
+    doubled = hidden.double()
+    exact = function(gate.double()) * doubled if gated else function(doubled)
+    result = activate_(hidden, gate if gated else None, activation)
+    assert result is hidden
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), exact, rtol=2 * eps, atol=2 * eps)
