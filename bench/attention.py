@@ -252,6 +252,7 @@ def measure_tiles(shape: Shape, rounds: int) -> dict:
         q_lifted=True,
         v_lifted=True,
         element_bytes=2,
+        is_causal=shape.is_causal,
         has_warpgroups=properties.major == 9,
     )
     sram_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

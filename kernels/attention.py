@@ -75,6 +75,7 @@ def rank_space_attention(
             v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
+            is_causal=of.is_causal,
             has_warpgroups=has_warpgroups(q.device),
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)

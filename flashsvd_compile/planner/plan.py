@@ -126,6 +126,7 @@ def _attention_tile(
         v_lifted=value.factor is not None,
         element_bytes=site.dtype.itemsize,
         mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
+        is_causal=site.is_causal,
         has_warpgroups=device.has_warpgroups,
     )
     sram = _sram(device, options)

@@ -114,3 +114,16 @@ def test_is_data_that_imports_no_triton():
         "import flashsvd_compile.kernels.attention_tiles, sys; assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_causal_programs_are_shorter_where_ranks_fill_their_tiles():
+    for rank in (16, 32, 64):
+        every, causal = (
+            default_tile(of_rank(rank, is_causal=is_causal), 227 * KIB)
+            for is_causal in (False, True)
+        )
+        assert causal.block_m < every.block_m
+    ragged = of_rank(40)
+    assert default_tile(replace(ragged, is_causal=True), 227 * KIB) == default_tile(
+        ragged, 227 * KIB
+    )
