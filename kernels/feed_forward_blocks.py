@@ -117,7 +117,7 @@ def _padded(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
 
 
 def _activate_in_place(hidden: Tensor, gate: Tensor | None, activation: str) -> None:
-    if hidden.is_cuda:
+    if hidden.is_cuda and hidden.element_size() <= 4:  # the pass computes in float32
         from flashsvd_compile.kernels.activation_pass import activate_
 
         activate_(hidden, gate, activation)

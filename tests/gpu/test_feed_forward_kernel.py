@@ -160,7 +160,7 @@ def test_offsets_beyond_int32():
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rank_gate", [None, 299], ids=["plain", "gated"])
 @pytest.mark.parametrize(("rows", "rank"), [(5000, 300), (5000, 301), (100, 301)])
 def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype):
