@@ -125,8 +125,8 @@ class AttentionExtents:
 
     ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
     mask that differs between queries, else 0. ``is_causal`` matters for speed alone.
-    ``has_warpgroups``: whether the device is a Hopper,
-    whose matmuls of 64 rows find an operand in registers that others read from shared memory.
+    ``has_warpgroups``: whether the device is a Hopper, whose matmuls of 64 rows find an operand in
+    registers that others read from shared memory.
     """
 
     head_dim_qk: int
