@@ -15,7 +15,9 @@ from flashsvd_compile.kernels.attention_tiles import (
     sram_bytes_of,
 )
 from flashsvd_compile.kernels.primitives import (
+    Described,
     has_warpgroups,
+    is_describable,
     is_empty,
     is_multiple,
     launch,
@@ -64,7 +66,10 @@ def rank_space_attention(
     is_widened = not all(map(_is_rank_contiguous, (q, k, v, of.q_factor, of.k_factor, of.v_factor)))
     if is_widened:
         width = SWIZZLE_BYTES // q.element_size()
-    if tile is None or is_widened:
+    can_be_described = all(
+        is_describable(x) and x.shape[-1] == rank_padded(x.shape[-1], width) for x in (k, v)
+    )
+    if tile is None or is_widened or tile.is_described > can_be_described:
         extents = AttentionExtents(
             head_dim_qk=shape.head_dim_qk,
             head_dim_v=shape.head_dim_v,
@@ -77,6 +82,7 @@ def rank_space_attention(
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
             is_causal=of.is_causal,
             has_warpgroups=has_warpgroups(q.device),
+            is_describable=can_be_described,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         tile = _tile_that_fits(tile, extents, sram_bytes)
@@ -91,6 +97,7 @@ def rank_space_attention(
         q, k, v,
         *(q if x is None else x for x in optional),
         out,
+        *((_described(x, tile) for x in (k, v)) if tile.is_described else (k, v)),
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
@@ -115,12 +122,17 @@ def rank_space_attention(
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
         BLOCK_DV=output_chunk(shape.head_dim_v, width, is_widened),
         R_K_PADDED=rank_padded(shape.rank_k, width), R_V_PADDED=rank_padded(shape.rank_v, width),
+        DESCRIBED=bool(tile.is_described),
         ALIGNED_Q=row_alignment(q), ALIGNED_K=row_alignment(k), ALIGNED_V=row_alignment(v),
         ALIGNED_FQ=row_alignment(of.q_factor), ALIGNED_FK=row_alignment(of.k_factor),
         ALIGNED_FV=row_alignment(of.v_factor),
         PRECISION="tf32" if tf32 else "ieee",
     )  # fmt: skip
     return out
+
+
+def _described(latent: Tensor, tile: TileConfig) -> Described:
+    return Described(latent, (1, 1, tile.block_n, latent.shape[-1]))
 
 
 def _heads(operand: Tensor | None) -> int:
@@ -164,7 +176,8 @@ def _tile_that_fits(
     tile: TileConfig | None, extents: AttentionExtents, sram_bytes: int
 ) -> TileConfig:
     """``tile``, which may have been chosen before it was known how operands lie, or the default."""
-    if tile is not None and sram_bytes_of(tile, extents) <= sram_bytes:
+    is_legal = tile is not None and extents.can_be_described >= tile.is_described
+    if tile is not None and is_legal and sram_bytes_of(tile, extents) <= sram_bytes:
         return tile
     tile = default_tile(extents, sram_bytes)
     if tile is None:

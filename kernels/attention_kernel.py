@@ -8,7 +8,8 @@ Operands, shapes and the rule of heads: ``attention_operands.py``. Notation here
 heads, M queries, N keys, D and D_V head dims, R_Q, R_K, R_V ranks; BLOCK_M × BLOCK_N a tile of
 scores. R_K and R_V are padded to a power of two on chip. The lifts at either end walk D, R_Q and
 D_V in chunks of BLOCK_D, BLOCK_RQ and BLOCK_DV, so head dims cost no memory. The rows of X begin
-at multiples of ALIGNED_X bytes.
+at multiples of ALIGNED_X bytes. DESCRIBED: the loop reads P_k and P_v through tensor descriptors,
+whose tiles cost no addresses and no registers.
 
 No running maximum. softmax is the same whatever is subtracted from a row of S, as long as the
 exponentials stay within their format. So the maximum of the first tile of keys is subtracted from
@@ -43,6 +44,7 @@ import triton.language as tl
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
     load_bias,
+    load_described,
     load_tile,
     row_maximum,
     seen_keys,
@@ -174,7 +176,7 @@ def _finish(
 
 @triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, mask, out,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, mask, out, k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -196,7 +198,7 @@ def rank_space_attention_kernel(
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
-    R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
+    R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr, DESCRIBED: tl.constexpr,
     ALIGNED_Q: tl.constexpr, ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
     ALIGNED_FQ: tl.constexpr, ALIGNED_FK: tl.constexpr, ALIGNED_FV: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -211,6 +213,11 @@ def rank_space_attention_kernel(
         tile = tl.num_programs(0) - 1 - tile
     first_query = tile * BLOCK_M
 
+    place = (
+        batch.to(tl.int32),
+        (head // (H // H_K)).to(tl.int32),
+        (head // (H // H_V)).to(tl.int32),
+    )
     q += batch * stride_qb + head // (H // H_Q) * stride_qh
     k += batch * stride_kb + head // (H // H_K) * stride_kh
     v += batch * stride_vb + head // (H // H_V) * stride_vh
@@ -249,7 +256,10 @@ def rank_space_attention_kernel(
         end = tl.minimum(end, first_query + BLOCK_M)
     has_keys = first_key < end
     end = tl.maximum(end, first_key + 1)
-    if not SEEKS_MAXIMUM:  # asked for before q̃ is computed, which hides its latency
+    # The first tile is asked for before q̃ is computed, which hides its latency.
+    if not SEEKS_MAXIMUM and DESCRIBED:
+        first_tile = load_described(k_described, place[0], place[1], first_key, BLOCK_N, R_K).T
+    elif not SEEKS_MAXIMUM:
         first_tile = load_tile(
             k, ranks_k[:, None], tl.arange(0, BLOCK_N).to(tl.int64)[None, :], stride_kr, stride_kn,
             R_K, N - first_key, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
@@ -303,11 +313,12 @@ def rank_space_attention_kernel(
         # A query that is not a number spoils its scores; it shall not where it sees no key.
         reference = tl.where(reference == reference, reference, 0.0)
     row_sum, latent = stream_keys(
-        first_key, first_checked, end, reference, q_latent, k, v, mask,
+        first_key, first_checked, end, reference, q_latent,
+        k_described if DESCRIBED else k, v_described if DESCRIBED else v, mask, place,
         queries, ranks_k, ranks_v, mask_rows,
         stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
         R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None,
-        ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+        ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
     )  # fmt: skip
     _finish(
         latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
@@ -331,11 +342,11 @@ def rank_space_attention_kernel(
                 IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
             )  # fmt: skip
             row_sum, latent = stream_keys(
-                first_key, first_checked, end, reference, q_latent, k, v, mask,
+                first_key, first_checked, end, reference, q_latent, k, v, mask, place,
                 queries, ranks_k, ranks_v, mask_rows,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
                 R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-                BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, PRECISION, INTERPRETED,
+                BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION, INTERPRETED,
             )  # fmt: skip
             _finish(
                 latent, row_sum, v_factor, v_bias, out, queries, ranks_v,

@@ -1,8 +1,10 @@
 """The loops over keys of rank-space attention: what a mask shows, scores, maxima, weighted sums.
 
 Notation as in ``attention_kernel.py``. ``position`` is the first key of a tile, at which ``k``,
-``v`` and ``mask`` point. MASK is "none", "scanned" (boolean and alike for all queries), "rows"
-(boolean, differing between queries) or "added" (floating).
+``v`` and ``mask`` point; where DESCRIBED, ``k`` and ``v`` are tensor descriptors of [B, H_x, N, R]
+instead, and ``place`` is the batch, the head of k and the head of v in them. MASK is "none",
+"scanned" (boolean and alike for all queries), "rows" (boolean, differing between queries) or
+"added" (floating).
 """
 
 import triton
@@ -53,6 +55,12 @@ def load_tile(
 
 
 @triton.jit
+def load_described(source, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """ROWS whole rows of one head from ``row`` on; zero beyond the tensor."""
+    return source.load([batch, head, row, 0]).reshape([ROWS, COLUMNS])
+
+
+@triton.jit
 def load_bias(base, columns, stride, limit, FIT: tl.constexpr):
     """A bias at int64 ``columns``, in float32; zero beyond the limit."""
     if FIT:
@@ -85,12 +93,12 @@ def seen_keys(mask, stride_mn, N):
 
 @triton.jit
 def _masked_scores(
-    position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+    position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows,
     stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
     R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED_K: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Masked scores [BLOCK_M, BLOCK_N] of the keys from ``position`` on, where k and mask point."""
     keys_left = N - position
@@ -100,10 +108,13 @@ def _masked_scores(
             mask, mask_rows, keys_wide[None, :], stride_mm, stride_mn,
             M, keys_left, False, not FITS,
         )  # fmt: skip
-    key_tile = load_tile(
-        k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
-        R_K, keys_left, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
-    )  # fmt: skip
+    if DESCRIBED:
+        key_tile = load_described(k, place[0], place[1], position, BLOCK_N, R_K).T
+    else:
+        key_tile = load_tile(
+            k, ranks_k[:, None], keys_wide[None, :], stride_kr, stride_kn,
+            R_K, keys_left, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
+        )  # fmt: skip
     scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
     if not IS_SCALED:
         scores = scores * scale
@@ -139,9 +150,9 @@ def row_maximum(
     tl.assume(first_key < end)  # an empty loop is a branch around a matmul
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
-            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            position, first_checked, q_latent, k, mask, None, queries, keys, ranks_k, mask_rows,
             stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
-            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, False, PRECISION, INTERPRETED,
         )  # fmt: skip
         maximum = tl.maximum(maximum, tl.max(scores, 1))
         k += step * stride_kn
@@ -158,13 +169,13 @@ def _summed_by_lane(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stream_keys(
-    first_key, first_checked, end, reference, q_latent, k, v, mask,
+    first_key, first_checked, end, reference, q_latent, k, v, mask, place,
     queries, ranks_k, ranks_v, mask_rows,
     stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
     R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr,
+    ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr, DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Over the keys of [first_key, end): the sum of exp2(score - reference), and that of P_v so
@@ -177,9 +188,9 @@ def stream_keys(
     tl.assume(first_key < end)  # an empty loop is a branch around a matmul
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
-            position, first_checked, q_latent, k, mask, queries, keys, ranks_k, mask_rows,
+            position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows,
             stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
-            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, PRECISION, INTERPRETED,
+            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, DESCRIBED, PRECISION, INTERPRETED,
         )  # fmt: skip
         weights = scores - reference[:, None]
         if MASK == "added":
@@ -190,12 +201,15 @@ def stream_keys(
         if not IS_SCALED:
             summed = weights.to(tl.float32)
         lane_sums += _summed_by_lane(summed, BLOCK_M, BLOCK_N)
-        value_tile = load_tile(
-            v, keys.to(tl.int64)[:, None], ranks_v[None, :], stride_vn, stride_vr,
-            N - position, R_V, not FITS, R_V_PADDED > R_V, 1, ALIGNED_V,
-        )  # fmt: skip
+        if DESCRIBED:
+            value_tile = load_described(v, place[0], place[2], position, BLOCK_N, R_V)
+        else:
+            value_tile = load_tile(
+                v, keys.to(tl.int64)[:, None], ranks_v[None, :], stride_vn, stride_vr,
+                N - position, R_V, not FITS, R_V_PADDED > R_V, 1, ALIGNED_V,
+            )  # fmt: skip
+            k += step * stride_kn
+            v += step * stride_vn
         latent = dot(weights, value_tile, latent, PRECISION, INTERPRETED)
-        k += step * stride_kn
-        v += step * stride_vn
         mask += step * stride_mn
     return tl.sum(lane_sums, 1), latent

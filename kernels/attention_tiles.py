@@ -59,6 +59,7 @@ TILES_NARROW = (
     *_SMALLER,
 )
 TILES_WIDE = (
+    TileConfig(64, 64, 4, 3, is_described=True),
     TileConfig(128, 32, 8, 4),
     TileConfig(128, 32, 4, 4),
     TileConfig(64, 32, 4, 4),
@@ -66,6 +67,7 @@ TILES_WIDE = (
     *_SMALLER,
 )
 TILES_WIDEST = (
+    TileConfig(64, 64, 4, 3, is_described=True),
     TileConfig(64, 64, 4, 3),
     TileConfig(128, 64, 8, 3),
     TileConfig(64, 32, 4, 4),
@@ -76,7 +78,7 @@ TILES_WIDEST = (
 # day, 11 tiles), within 1% at rank 32 with 4096. At rank 40 with 4096 keys, where latents do not
 # fill their padded tile, it cost 7%: there the list of all keys stays.
 TILES_NARROW_CAUSAL = (TileConfig(64, 64, 4, 3), *TILES_NARROW)
-TILES_WIDE_CAUSAL = (TileConfig(64, 32, 4, 3), *TILES_WIDE)
+TILES_WIDE_CAUSAL = (TILES_WIDE[0], TileConfig(64, 32, 4, 3), *TILES_WIDE[1:])
 # Exact float32 has no tensor core to feed; what fits its registers was sought, not measured.
 TILES_32_BIT = (
     TileConfig(64, 32, 4, 2),
@@ -126,7 +128,8 @@ class AttentionExtents:
     ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
     mask that differs between queries, else 0. ``is_causal`` matters for speed alone.
     ``has_warpgroups``: whether the device is a Hopper, whose matmuls of 64 rows find an operand in
-    registers that others read from shared memory.
+    registers that others read from shared memory. ``is_describable``: whether k and v may be read
+    through tensor descriptors.
     """
 
     head_dim_qk: int
@@ -140,6 +143,17 @@ class AttentionExtents:
     mask_bytes: int = 0
     is_causal: bool = False
     has_warpgroups: bool = False
+    is_describable: bool = True
+
+    @property
+    def can_be_described(self) -> bool:
+        """Whether tensor descriptors may read P_k and P_v, in tiles that their ranks fill.
+
+        Others, padded on chip, took 15 to 60% longer than without descriptors (rank 40, same H100,
+        versions and day).
+        """
+        fills = all(rank == rank_padded(rank, self.width) for rank in (self.rank_k, self.rank_v))
+        return self.is_describable and fills
 
     @property
     def width(self) -> int:
@@ -199,6 +213,8 @@ def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Iterator[TileConfi
         registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
         # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
         allowed = min(limit, tile.max_registers // 2 or limit)
+        if tile.is_described and not (of.can_be_described and of.has_warpgroups):
+            continue
         if sram_bytes_of(tile, of) <= sram_bytes and registers <= allowed:
             yield tile
 

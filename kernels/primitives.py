@@ -2,21 +2,27 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.tiles import TileConfig
-from torch import Tensor
+from torch import Tensor, fx
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton's interpreter computes ``tl.dot`` of bfloat16 wrongly (seen in 3.9), so interpreted
 # kernels multiply in float32; and it truncates to bfloat16, so they err more than compiled ones.
 # Fixed at import, as is Triton's own choice to interpret.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# Bytes that a tensor descriptor's address and strides have to be multiples of.
+DESCRIPTOR_ALIGNMENT = 16
 
 
 @triton.jit
@@ -29,6 +35,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@dataclass(frozen=True)
+class Described:
+    """An operand that a kernel gets as a tensor descriptor, to read tiles of ``block_shape``.
+
+    Tensor memory accelerators take it where its last dimension is contiguous and all rows begin at
+    multiples of 16 bytes; beyond ``tensor`` they read zeros.
+    """
+
+    tensor: Tensor
+    block_shape: tuple[int, ...]
+
+    def descriptor(self) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(self.tensor, list(self.block_shape))
+
+
+def is_describable(operand: Tensor) -> bool:
+    """Whether a `Described` operand may be made of it."""
+    return row_alignment(operand) == DESCRIPTOR_ALIGNMENT and all(
+        statically_known_true(stride > 0) for stride in operand.stride()
+    )
 
 
 def launch(
@@ -44,12 +72,45 @@ def launch(
     compiler's own launches do. There a cap on registers does not count: Inductor drops it.
     """
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "INTERPRETED": INTERPRETED}
-    constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if is_traced(operands[0]):
-        kernel = torch.library.wrap_triton(kernel)
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if not is_traced(operands[0]):
+        options["maxnreg"] = tile.max_registers or None
+        operands = [x.descriptor() if isinstance(x, Described) else x for x in operands]
+    elif any(isinstance(x, Described) for x in operands):
+        arguments = dict(zip(kernel.arg_names, operands, strict=False)) | constants
+        _record(kernel, grid, options, arguments)
+        return
     else:
-        constants["maxnreg"] = tile.max_registers or None
-    kernel[grid](*operands, **constants)
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](*operands, **constants, **options)
+
+
+def _record(
+    kernel: Any,
+    grid: tuple[int | torch.SymInt, ...],
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> None:
+    """Make a launch with tensor descriptors a node of the graph that is being traced.
+
+    As ``torch.library.wrap_triton`` makes it of the others; torch 2.11 to 2.13 have the node but
+    leave descriptors in it to Dynamo.
+    """
+    described = {name: x for name, x in arguments.items() if isinstance(x, Described)}
+    arguments = arguments | {name: x.tensor for name, x in described.items()}
+    traced = {name: x for name, x in arguments.items() if isinstance(x, fx.node.base_types)}
+    constants = {name: x for name, x in arguments.items() if name not in traced}
+    tuned = triton.autotune(configs=[triton.Config({}, **options)], key=[])(kernel)
+    triton_kernel_wrap.triton_kernel_wrapper_mutation(
+        kernel_idx=triton_kernel_wrap.kernel_side_table.add_kernel(tuned),
+        constant_args_idx=triton_kernel_wrap.kernel_side_table.add_constant_args(constants),
+        grid=[grid],
+        tma_descriptor_metadata={
+            name: triton_kernel_wrap.create_tma_stable_metadata(list(x.block_shape))
+            for name, x in described.items()
+        },
+        kwargs=traced,
+    )
 
 
 @functools.cache

@@ -155,6 +155,38 @@ def test_masks(mask, is_causal, dtype):
         assert (rank_space_attention(AttentionOperands(*latents, **keywords))[0] == 0).all()
 
 
+DESCRIBED = TileConfig(64, 64, 4, 3, is_described=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("rank", [32, 64, 128])
+def test_masks_of_described_latents(rank, mask, is_causal, dtype):
+    if dtype == torch.float32 and rank > 32:
+        pytest.skip("its tiles do not fit")
+    if mask is MASKS["added_soft"] and dtype == torch.float16:
+        mask = partial(added, torch.finfo(torch.float16).min)
+    operands = random_operands(
+        dtype, queries=150, keys=170, mask=mask, is_causal=is_causal, ranks=(40, rank, rank)
+    )
+    assert_right(*operands, tile=DESCRIBED)
+
+
+@pytest.mark.parametrize(("queries", "keys"), list(itertools.product(ROWS, ROWS)))
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_of_described_latents(queries, keys, is_causal):
+    operands = random_operands(
+        torch.bfloat16, batch=3, ranks=(64, 64, 64), queries=queries, keys=keys, is_causal=is_causal
+    )
+    assert_right(*operands, tile=DESCRIBED)
+
+
+def test_described_latents_of_groups():
+    operands = random_operands(torch.bfloat16, heads=6, latent_heads=2, ranks=(64, 64, 64))
+    assert_right(*operands, tile=DESCRIBED)
+
+
 @pytest.mark.parametrize("lifted", ["", "q", "k", "v", "qv", "kv"])
 def test_dense_operands(lifted):
     assert_right(*random_operands(torch.bfloat16, lifted=lifted, head_dims=(96, 40), keys=77))

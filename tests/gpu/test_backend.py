@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
@@ -204,3 +205,40 @@ def test_inductor_writes_the_launches_itself():
     assert "rank_space_attention_kernel" in code
     assert "_feed_forward_kernel" in code
     assert "torch.ops.flashsvd" not in code
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_writes_launches_with_tensor_descriptors(dynamic):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a Hopper's tiles")
+    model = LatentAttention(rank=64).to("cuda", torch.bfloat16)
+    options = {"attention": "rank_space"}
+    compiled = torch.compile(model, backend="flashsvd", options=options, dynamic=dynamic)
+    codes = []
+    for batch, rows in ((2, 100), (3, 513), (5, 64)):
+        x = torch.randn(batch, rows, 128, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(x.double())
+            eager = model(x)
+            ours, code = run_and_get_code(lambda x=x: compiled(x))
+        codes += code
+        budget = 1.1 * (eager - exact).norm() + 2 * torch.finfo(x.dtype).eps * exact.norm()
+        assert (ours - exact).norm() <= budget
+    assert codes
+    for code in codes:
+        assert "TensorDescriptor.from_tensor" in code
+        assert "torch.ops.flashsvd" not in code
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.Sequential(nn.Linear(128, rank, bias=False), nn.Linear(rank, 128)) for _ in "qkv"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (m(x).unflatten(-1, (1, 128)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -21,8 +21,6 @@ from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
     TILES_NARROW,
     TILES_NARROW_CAUSAL,
-    TILES_WIDE,
-    TILES_WIDE_CAUSAL,
     TILES_WIDEST,
 )
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
@@ -151,8 +149,11 @@ def test_reads_of_unwritten_registers_are_found():
         (32, replace(TILES_NARROW[0], max_registers=0)),  # as Inductor launches it
         (32, TILES_NARROW[0]),
         (32, TILES_NARROW_CAUSAL[0]),
-        (40, TILES_WIDE[0]),
-        (64, TILES_WIDE_CAUSAL[0]),
+        (40, TileConfig(128, 32, 8, 4)),
+        (64, TileConfig(64, 32, 4, 3)),
+        (32, TileConfig(64, 64, 4, 3, is_described=True)),
+        (64, TileConfig(64, 64, 4, 3, is_described=True)),
+        (128, TileConfig(64, 64, 4, 3, is_described=True)),
         (40, TileConfig(128, 64, 8, 3)),
         (96, TILES_WIDEST[0]),
     ],

@@ -1,21 +1,26 @@
 """Rank-space attention, interpreted kernel and library route, against the lifted expression."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flashsvd_compile.kernels import attention
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
+from flashsvd_compile.kernels.primitives import launch
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
+DESCRIBED = replace(TILE, is_described=True)
 IMPLEMENTATIONS = [
     pytest.param(partial(rank_space_attention, tile=TILE), id="kernel"),
+    pytest.param(partial(rank_space_attention, tile=DESCRIBED), id="described"),
     pytest.param(rank_space_attention_library, id="library"),
 ]
 HARD, SOFT = float("-inf"), torch.finfo(torch.float32).min
@@ -231,6 +236,54 @@ def test_any_strides():
         assert_as_exact_as_eager(
             implementation(AttentionOperands(q, k, v, **keywords)), (q, k, v), keywords
         )
+
+
+@pytest.mark.parametrize(
+    ("case", "is_described"),
+    [
+        ({}, True),
+        ({"heads": 4, "latent_heads": (4, 2, 1), "ranks": (40, 32, 32)}, True),
+        ({"lifted": "v", "head_dim": 16}, True),
+        ({"ranks": (16, 24, 16)}, False),
+        ({"ranks": (16, 16, 32)}, False),
+        ({"lifted": "v", "head_dim": 40}, False),
+    ],
+)
+def test_only_ranks_that_fill_their_tile_are_described(case, is_described, monkeypatch):
+    latents, keywords = operands(**case)
+    assert reads_by_descriptors(latents, keywords, monkeypatch) == is_described
+
+
+@pytest.mark.parametrize(
+    "respell",
+    [
+        lambda k: k.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda k: F.pad(k, (0, 1))[..., :-1],
+        lambda k: F.pad(k, (1, 3))[..., 1:-3],
+        lambda k: k[:1].expand(k.shape),
+    ],
+    ids=["rank_outermost", "odd_rows", "begins_within_16_bytes", "repeated"],
+)
+def test_latents_that_no_descriptor_takes_are_read_by_address(respell, monkeypatch):
+    (q, k, v), keywords = operands()
+    latents = (q, respell(k), v)
+    # What is copied before the launch, as its rank is not innermost, may be described after all.
+    copied = latents[1].stride(-1) != 1
+    assert reads_by_descriptors(latents, keywords, monkeypatch) == copied
+
+
+def reads_by_descriptors(latents, keywords, monkeypatch):
+    """Whether the kernel does; its result is checked as well."""
+    seen = []
+
+    def spy(*args, DESCRIBED, **constants):
+        seen.append(DESCRIBED)
+        launch(*args, DESCRIBED=DESCRIBED, **constants)
+
+    monkeypatch.setattr(attention, "launch", spy)
+    output = rank_space_attention(AttentionOperands(*latents, **keywords), tile=DESCRIBED)
+    assert_as_exact_as_eager(output, latents, keywords)
+    return seen[0]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -66,7 +66,27 @@ def test_every_budget_has_a_tile_within_it(rank, sram_kib, element_bytes):
 def test_measured_best_tiles_come_first_on_a_large_gpu():
     assert default_tile(BERT, 227 * KIB) == TileConfig(128, 32, 4, 4, max_registers=128)
     assert default_tile(of_rank(40), 227 * KIB) == TileConfig(128, 32, 8, 4)
-    assert default_tile(of_rank(128), 227 * KIB) == TileConfig(64, 64, 4, 3)
+    described = TileConfig(64, 64, 4, 3, is_described=True)
+    assert default_tile(of_rank(64), 227 * KIB) == described
+    assert default_tile(of_rank(128), 227 * KIB) == described
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_describable": False},
+        {"has_warpgroups": False},
+        {"rank_k": 40},
+        {"rank_v": 48},
+        {"rank_k": 32},
+    ],
+    ids=str,
+)
+def test_tiles_are_described_only_where_that_is_possible(change):
+    case = replace(of_rank(64), **change)
+    tiles = list(candidate_tiles(case, 227 * KIB))
+    assert tiles
+    assert not any(tile.is_described for tile in tiles)
 
 
 def test_registers_are_not_capped_below_what_the_accumulators_need():
@@ -119,7 +139,7 @@ def test_is_data_that_imports_no_triton():
 def test_causal_programs_are_shorter_where_ranks_fill_their_tiles():
     for rank in (16, 32, 64):
         every, causal = (
-            default_tile(of_rank(rank, is_causal=is_causal), 227 * KIB)
+            default_tile(of_rank(rank, is_causal=is_causal, is_describable=False), 227 * KIB)
             for is_causal in (False, True)
         )
         assert causal.block_m < every.block_m

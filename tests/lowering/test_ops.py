@@ -26,14 +26,22 @@ def traced(*arguments: str) -> dict:
 
 
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
-@pytest.mark.parametrize("name", ["attention", "feed_forward"])
+@pytest.mark.parametrize("name", ["attention", "described_attention", "feed_forward"])
 def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
     found = traced(name, "cuda:0", shapes)
     assert found["launches"] == ["triton_kernel_wrapper_functional"]
     assert found["copied"] in ([["out"]], [["out_ptr"]])
     assert found["operators"] == []
     # That the batch fits one axis of a grid is all that is asked of sizes.
-    assert len(found["guards"]) == (name == "attention" and shapes == "dynamic")
+    assert len(found["guards"]) == ("attention" in name and shapes == "dynamic")
+
+
+@pytest.mark.parametrize("shapes", ["static", "dynamic"])
+def test_a_traced_launch_describes_what_the_kernel_reads_by_descriptors(shapes):
+    tile = ["stable", [[1, 1, 64, 64]]]
+    (described,) = traced("described_attention", "cuda:0", shapes)["described"]
+    assert described == {"k_described": tile, "v_described": tile}
+    assert traced("attention", "cuda:0", shapes)["described"] == [{}]
 
 
 def test_a_traced_launch_knows_how_rows_are_aligned():

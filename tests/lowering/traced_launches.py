@@ -6,9 +6,11 @@ takes its target from a driver that needs no device.
 
 import json
 import sys
+from dataclasses import astuple
 
 import torch
 import triton
+from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.lowering import ops
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_export_module
@@ -32,12 +34,16 @@ class Hopper:
 
 
 class Attention(nn.Module):
+    def __init__(self, rank: int, tile: TileConfig) -> None:
+        super().__init__()
+        self.rank, self.tile = rank, tile
+
     def forward(self, x: Tensor, factor: Tensor, mask: Tensor) -> tuple[Tensor]:
         batch, rows, _ = x.shape
-        latents = [part.view(batch, rows, 4, 40).transpose(1, 2) for part in x.chunk(3, -1)]
+        latents = [part.view(batch, rows, 4, self.rank).transpose(1, 2) for part in x.chunk(3, -1)]
         result = ops.rank_space_attention(
             *latents, factor, None, factor, factor, None, mask,
-            num_heads=4, is_causal=False, scale=0.125, tile=[64, 64, 4, 3, 0],
+            num_heads=4, is_causal=False, scale=0.125, tile=list(astuple(self.tile)),
         )  # fmt: skip
         return (result,)
 
@@ -46,7 +52,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor]:
         latent = x.flatten(0, 1)
         result = ops.streamed_feed_forward(
-            latent, up, down, activation="gelu", tile=[64, 64, 4, 3, 0]
+            latent, up, down, activation="gelu", tile=list(astuple(TileConfig(64, 64, 4, 3)))
         )
         return (result,)
 
@@ -55,11 +61,13 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def attention(rank: int, tile: TileConfig) -> tuple[nn.Module, list[Tensor]]:
+        mask = empty(6, 1, 1, 77, dtype=torch.bool)
+        return Attention(rank, tile), [empty(6, 77, 12 * rank), empty(4, 64, rank), mask]
+
     return {
-        "attention": (
-            Attention(),
-            [empty(6, 77, 480), empty(4, 64, 40), empty(6, 1, 1, 77, dtype=torch.bool)],
-        ),
+        "attention": attention(40, TileConfig(64, 64, 4, 3)),
+        "described_attention": attention(64, TileConfig(64, 64, 4, 3, is_described=True)),
         "feed_forward": (FeedForward(), [empty(6, 77, 64), empty(256, 64), empty(64, 256)]),
     }
 
@@ -89,6 +97,7 @@ def main() -> None:
         "operators": [str(n.target) for n in graph.nodes if "flashsvd" in str(n.target)],
         "launches": [str(node.target) for node in launches],
         "copied": [node.kwargs["tensors_to_clone"] for node in launches],
+        "described": [node.kwargs["tma_descriptor_metadata"] for node in launches],
         "alignments": [
             {k: v for k, v in node.kwargs["kwargs"].items() if k.startswith("ALIGNED")}
             for node in launches
