@@ -156,7 +156,7 @@ def _finish(
     COLUMNS_FIT: tl.constexpr = D_V % (BLOCK_DV if HAS_V_FACTOR else R_V_PADDED) == 0
     if HAS_V_FACTOR:
         normalized = normalized.to(v_factor.dtype.element_ty)
-        for first_column in tl.range(0, D_V, BLOCK_DV, num_stages=1):
+        for first_column in tl.static_range(0, D_V, BLOCK_DV):
             columns = (first_column + tl.arange(0, BLOCK_DV)).to(tl.int64)
             factor = load_tile(
                 v_factor, ranks_v[:, None], columns[None, :], stride_vfr, stride_vfd,
