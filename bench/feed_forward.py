@@ -14,7 +14,7 @@ computes another function and passes no gate. Gate and up have latents of their 
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -85,6 +85,15 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
             _swiglu(32768, 4096, 11008, 1024),
             _swiglu(16384, 4096, 14336, 1490),
             Shape("chain r64", "chain", 16384, 768, 3072, 64),
+        ],
+        "blocks": [
+            replace(shape, name=f"{shape.name} {block_rows} rows a block", block_rows=block_rows)
+            for shape in (
+                _swiglu(16384, 768, 3072, 384),
+                replace(_bert(384), rows=16384),
+                _swiglu(32768, 4096, 11008, 1024),
+            )
+            for block_rows in (2112, 4224, 8448, 16896)
         ],
         "crossover": [
             Shape(f"{act} r{rank}", "latent", 65536, 768, 3072, rank, act, gated, bias=not gated)

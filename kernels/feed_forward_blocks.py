@@ -3,12 +3,15 @@
     for each block of rows:   h = act(P_u V_uᵀ + b_u)     [block_rows, F], one reused buffer
                               S[block] = h U_dᵀ + b_d     written straight into the output
 
-Operands: ``feed_forward_operands.py``. Only [block_rows, F] exists of the intermediate
-(twice when gated), whatever the number of rows, and where the last cache is large enough it stays
-there between the three operators that touch it. Each operator rounds to the dtype, as unfused; on
-a GPU a gated activation is one pass that rounds once (``activation_pass.py``), and ranks that
-library GEMMs are slow at are padded. No autograd.
+Operands: ``feed_forward_operands.py``. Only [block_rows, F] exists of the intermediate, whatever
+the number of rows, and where the last cache is large enough it stays there between the operators
+that touch it. On a Hopper the first line is one kernel, up to a rank (``lifted_activation.py``).
+Elsewhere it is two matmuls, the gate's into a second buffer, and an activation in place; on a GPU
+that is one pass that rounds once (``activation_pass.py``). Each operator rounds to the dtype, as
+unfused. Ranks that a GPU's library GEMMs are slow at are padded. No autograd.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,12 @@ GPU_WAVES = 2
 ALIGNED_BYTES = 16
 ALIGNED_FROM_ROWS = 2048
 
+# H100 80GB HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, the intermediate alone: with a
+# SiLU gate of rank 1024, 4224 × 11008, one kernel 0.339 ms, library matmuls and one pass 0.366; of
+# rank 384, 16384 × 3072, 0.194 and 0.245; GELU 0.331 and 0.386 (8448 rows), 0.099 and 0.140. At
+# rank 1496 libraries win, 0.440 against 0.531.
+LIFTED_AT_ONCE_UP_TO_RANK = 1024
+
 
 @torch.no_grad()
 def row_blocks_feed_forward(
@@ -67,18 +76,21 @@ def row_blocks_feed_forward(
         down_bias = _padded(down_bias[:, None], rows=aligned)[:, 0]
     buffer_rows = min(block_rows, rows)
     up_buffer = of.up.new_empty(buffer_rows, of.intermediate_size)
-    gate_buffer = torch.empty_like(up_buffer) if gate is not None else None
+    lift_at_once = _lift_at_once(of, aligned)
+    has_gate_buffer = gate is not None and lift_at_once is None
+    gate_buffer = torch.empty_like(up_buffer) if has_gate_buffer else None
     is_padded = down_factor is not of.down_factor
     latent_buffer = of.up.new_empty(buffer_rows, down_factor.shape[0]) if is_padded else None
     for start in range(0, rows, block_rows):
         stop = min(start + block_rows, rows)
-        hidden, gated = up_buffer[: stop - start], None
-        _linear_into(hidden, _padded(of.up[start:stop], columns=aligned), up_factor, of.up_bias)
-        if gate is not None and gate_factor is not None and gate_buffer is not None:
-            gated = gate_buffer[: stop - start]
-            gate_rows = _padded(gate[start:stop], columns=aligned)
-            _linear_into(gated, gate_rows, gate_factor, of.gate_bias)
-        _activate_in_place(hidden, gated, of.activation)
+        hidden, up_rows = up_buffer[: stop - start], _padded(of.up[start:stop], columns=aligned)
+        gate_rows = None if gate is None else _padded(gate[start:stop], columns=aligned)
+        lifts = (up_rows, up_factor, of.up_bias, gate_rows, gate_factor, of.gate_bias)
+        if lift_at_once is not None:
+            lift_at_once(hidden, *lifts, of.activation)
+        else:
+            gated = None if gate_buffer is None else gate_buffer[: stop - start]
+            _lift_then_activate(hidden, gated, *lifts, of.activation)
         if latent_buffer is None:
             _linear_into(out[start:stop], hidden, down_factor, down_bias)
         else:
@@ -114,6 +126,47 @@ def _padded(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
     """``x``, or a copy with rows and columns of zeros up to multiples of those."""
     missing = (-x.shape[0] % rows, -x.shape[1] % columns)
     return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+
+
+def is_lifted_at_once(ranks: Iterable[int], *, element_bytes: int, has_warpgroups: bool) -> bool:
+    """Whether one kernel makes the intermediate: where that was measured to be faster."""
+    return has_warpgroups and element_bytes == 2 and max(ranks) <= LIFTED_AT_ONCE_UP_TO_RANK
+
+
+def _lift_at_once(of: FeedForwardOperands, aligned: int) -> Callable[..., Tensor] | None:
+    """That kernel, where it takes the operands; ranks are padded to a multiple of ``aligned``."""
+    latents = [x for x in (of.up, of.up_factor, of.gate, of.gate_factor) if x is not None]
+    biases = [x for x in (of.up_bias, of.gate_bias) if x is not None]
+    is_faster = is_lifted_at_once(
+        (x.shape[1] for x in latents),
+        element_bytes=of.up.element_size(),
+        has_warpgroups=of.up.is_cuda and torch.cuda.get_device_capability(of.up.device)[0] == 9,
+    )
+    if not is_faster:
+        return None
+    from flashsvd_compile.kernels.lifted_activation import lift_and_activate
+    from flashsvd_compile.kernels.primitives import is_describable
+
+    is_taken = all(x.shape[1] % aligned or is_describable(x) for x in latents)
+    return lift_and_activate if is_taken and all(b.stride(0) == 1 for b in biases) else None
+
+
+def _lift_then_activate(
+    hidden: Tensor,
+    gated: Tensor | None,
+    up: Tensor,
+    up_factor: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_factor: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+) -> None:
+    """h into ``hidden``, by way of ``gated``, a buffer of its shape."""
+    _linear_into(hidden, up, up_factor, up_bias)
+    if gate is not None and gate_factor is not None and gated is not None:
+        _linear_into(gated, gate, gate_factor, gate_bias)
+    _activate_in_place(hidden, gated, activation)
 
 
 def _activate_in_place(hidden: Tensor, gate: Tensor | None, activation: str) -> None:

@@ -146,7 +146,7 @@ def _plan_feed_forward(
     base = cost.feed_forward_bytes(site)
     unfused = Plan(site, "unfused", _lost(site, "streamed and row_blocks"), base, base)
     streamed = _streamed(site, device, options)
-    row_blocks = _row_blocks(site)
+    row_blocks = _row_blocks(site, device)
     legal = {"row_blocks": row_blocks, "unfused": unfused}
     if isinstance(streamed, Plan):
         legal["streamed"] = streamed
@@ -184,11 +184,17 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
     return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
 
 
-def _row_blocks(site: FeedForwardSite) -> Plan:
+def _row_blocks(site: FeedForwardSite, device: Device) -> Plan:
     width, element = int(volume(site.width)), site.dtype.itemsize
     rank_down = int(volume(site.out))
     rows = feed_forward_blocks.default_block_rows(rank_down=rank_down, device=site.device)
-    held = sympy.Min(rows, volume(site.tokens)) * width * element * (1 if site.gate is None else 2)
+    arms = [site.up] if site.gate is None else [site.up, site.gate]
+    at_once = feed_forward_blocks.is_lifted_at_once(
+        (arm.rank_size for arm in arms),
+        element_bytes=element,
+        has_warpgroups=device.has_warpgroups,
+    )
+    held = sympy.Min(rows, volume(site.tokens)) * width * element * (1 if at_once else len(arms))
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
     return Plan(site, "row_blocks", reason, held, block_rows=rows)
 

@@ -162,9 +162,11 @@ def test_offsets_beyond_int32():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rank_gate", [None, 299], ids=["plain", "gated"])
-@pytest.mark.parametrize(("rows", "rank"), [(5000, 300), (5000, 301), (100, 301)])
+@pytest.mark.parametrize(
+    ("rows", "rank"), [(5000, 300), (5000, 301), (100, 301), (100, 304), (3000, 520), (3000, 1096)]
+)
 def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype):
-    """Of ranks that are padded for the library's sake and, at few rows, are not."""
+    """Of ranks that are padded, and at few rows are not; lifted at once, and, above 1024, apart."""
     operands = random_operands(rows, rank, 1000, rank + 2, dtype, rank_gate=rank_gate)
     double = {name: operand.double() for name, operand in operands.items()}
     exact = unfused_feed_forward(FeedForwardOperands(**double, activation="silu"))

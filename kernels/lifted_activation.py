@@ -1,0 +1,146 @@
+"""The intermediate of a feed-forward, lifted and activated in one Triton kernel.
+
+    h = act(P_u V_uᵀ + b_u)            or, gated,    h = act(P_g V_gᵀ + b_g) · (P_u V_uᵀ + b_u)
+
+Operands as ``feed_forward_operands.py`` has them: latents P [T, R], factors V [F, R], biases [F].
+A program computes a tile of h, BLOCK_M × BLOCK_N, over the ranks in steps of BLOCK_K: first the
+gate's, which it activates and puts where h will stand, then up's, in the same accumulators.
+
+Bytes from memory: the operands, from the second-level cache once a row (or column) of tiles, and
+h; gated, h is written twice and read once there. Never written: either side before its activation,
+which library matmuls write and a second pass reads again. Rounds the activated gate and h; the
+rest is float32.
+
+Tiles are read through tensor descriptors, so every row has to begin at a multiple of 16 bytes.
+"""
+
+import triton
+import triton.language as tl
+from flashsvd_compile.kernels.activations_triton import activate
+from flashsvd_compile.kernels.primitives import (
+    Described,
+    dot,
+    launch,
+)
+from flashsvd_compile.kernels.tiles import TileConfig
+from torch import Tensor
+
+# Ranks of one step: 128 bytes, the widest row that a matmul's operand is swizzled over.
+BLOCK_K = 64
+
+# Rows of tiles that run side by side, so that they find the factors in the second-level cache.
+GROUP_ROWS = 8
+
+# The best of nine tiles at ranks 384 and 1024: where and when, see ``feed_forward_blocks.py``.
+NARROW_RANK = 384
+TILE_NARROW = TileConfig(128, 128, 4, 3)
+TILE_WIDE = TileConfig(128, 256, 8, 4)
+
+
+@triton.jit
+def _lifted(
+    latent, factor, bias, row, column, columns, F,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of P Vᵀ + b from ``row`` and ``column`` on, in float32."""
+    lifted = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for rank in tl.range(0, R, BLOCK_K):
+        latent_tile = latent.load([row, rank])
+        factor_tile = factor.load([column, rank]).T
+        lifted = dot(latent_tile, factor_tile, lifted, "ieee", INTERPRETED)
+    if HAS_BIAS:
+        loaded = tl.load(bias + columns, mask=columns < F, other=0.0)
+        lifted += loaded.to(tl.float32)[None, :]
+    return lifted
+
+
+@triton.jit
+def _lifted_activation_kernel(
+    up, up_factor, up_bias, gate, gate_factor, gate_bias, out, stride_om, T, F,
+    R_U: tl.constexpr, R_G: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(T, BLOCK_M)
+    column_tiles = tl.cdiv(F, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP_ROWS * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_ROWS, GROUP_ROWS)
+    within = program % (GROUP_ROWS * column_tiles)
+    row = (group * GROUP_ROWS + within % group_rows) * BLOCK_M
+    column = (within // group_rows) * BLOCK_N
+    columns = column + tl.arange(0, BLOCK_N)
+    rows = row + tl.arange(0, BLOCK_M)
+    pointers = out + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
+    inside = (rows < T)[:, None] & (columns < F)[None, :]
+    DTYPE: tl.constexpr = out.dtype.element_ty
+
+    if GATED:
+        gated = _lifted(
+            gate, gate_factor, gate_bias, row, column, columns, F, R_G, HAS_GATE_BIAS,
+            BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED,
+        )  # fmt: skip
+        gated = activate(gated, ACTIVATION, True).to(DTYPE)
+        # In registers it would be spilled. It comes back from the second-level cache.
+        tl.store(pointers, gated, mask=inside)
+        tl.debug_barrier()
+    hidden = _lifted(
+        up, up_factor, up_bias, row, column, columns, F, R_U, HAS_UP_BIAS,
+        BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED,
+    )  # fmt: skip
+    if GATED:
+        gated = tl.load(pointers, mask=inside, other=0.0)
+        hidden = gated.to(tl.float32) * hidden
+    else:
+        hidden = activate(hidden, ACTIVATION, True)
+    tl.store(pointers, hidden.to(DTYPE), mask=inside)
+
+
+def lift_and_activate(
+    out: Tensor,
+    up: Tensor,
+    up_factor: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_factor: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    *,
+    tile: TileConfig | None = None,
+) -> Tensor:
+    """h [T, F] into ``out``, contiguous as biases are; latents and factors `is_describable`."""
+    (rows, rank_up), width = up.shape, up_factor.shape[0]
+    if tile is None:
+        tile = TILE_NARROW if rank_up <= NARROW_RANK else TILE_WIDE
+    gate = up if gate is None else gate
+    is_gated = gate_factor is not None
+    gate_factor = up_factor if gate_factor is None else gate_factor
+
+    def described(x: Tensor, block_rows: int) -> Described:
+        return Described(x, (block_rows, BLOCK_K))
+
+    operands = (
+        described(up, tile.block_m), described(up_factor, tile.block_n),
+        out if up_bias is None else up_bias,
+        described(gate, tile.block_m), described(gate_factor, tile.block_n),
+        out if gate_bias is None else gate_bias,
+        out, out.stride(0), rows, width,
+    )  # fmt: skip
+    launch(
+        _lifted_activation_kernel,
+        (triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
+        tile,
+        operands,
+        R_U=rank_up,
+        R_G=gate.shape[1],
+        ACTIVATION=activation,
+        GATED=is_gated,
+        HAS_UP_BIAS=up_bias is not None,
+        HAS_GATE_BIAS=gate_bias is not None,
+        GROUP_ROWS=GROUP_ROWS,
+        BLOCK_K=BLOCK_K,
+    )
+    return out

@@ -1,0 +1,75 @@
+"""The intermediate lifted and activated at once: against float64, and nothing beside it written."""
+
+import pytest
+import torch
+from flashsvd_compile.kernels.activations import ACTIVATIONS
+from flashsvd_compile.kernels.lifted_activation import lift_and_activate
+from flashsvd_compile.kernels.primitives import INTERPRETED
+from flashsvd_compile.kernels.tiles import TileConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = TileConfig(block_m=32, block_n=64, num_warps=4, num_stages=2)
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="needs Triton's interpreter or a CUDA device"
+)
+
+
+def eager(up, up_factor, up_bias, gate, gate_factor, gate_bias, activation):
+    def lifted(latent, factor, bias):
+        return torch.nn.functional.linear(latent, factor, bias)
+
+    act, hidden = ACTIVATIONS[activation].function, lifted(up, up_factor, up_bias)
+    return act(hidden) if gate is None else act(lifted(gate, gate_factor, gate_bias)) * hidden
+
+
+def operands(rows, width, rank, rank_gate, dtype, bias=True):
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+    lifts = []
+    for r in (rank, rank_gate):
+        if r is None:
+            lifts += [None, None, None]
+        else:
+            factor = normal(width, r, scale=r**-0.5)
+            lifts += [normal(rows, r), factor, normal(width) if bias else None]
+    return lifts
+
+
+def assert_right(lifts, activation):
+    rows, width, dtype = lifts[0].shape[0], lifts[1].shape[0], lifts[0].dtype
+    memory = torch.full((rows + 2, width), float("nan"), dtype=dtype, device=DEVICE)
+    out = memory[1:-1]
+    assert lift_and_activate(out, *lifts, activation, tile=TILE) is out
+    exact = eager(*(None if x is None else x.double() for x in lifts), activation)
+    error, allowed = (out - exact).norm(), (eager(*lifts, activation) - exact).norm()
+    # The interpreter cuts to bfloat16 where a GPU rounds: four times the variance, and one-sided.
+    slack = 4 if INTERPRETED and dtype == torch.bfloat16 else 1.1
+    assert error <= slack * allowed + 2 * torch.finfo(dtype).eps * exact.norm()
+    assert memory[0].isnan().all()
+    assert memory[-1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank_gate", [None, 72], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_against_float64(activation, rank_gate, dtype):
+    assert_right(operands(41, 72, 136, rank_gate, dtype), activation)
+
+
+@pytest.mark.parametrize("rank_gate", [None, 8, 200])
+@pytest.mark.parametrize(
+    ("rows", "width", "rank"), [(1, 1, 8), (32, 64, 64), (33, 65, 72), (700, 130, 16), (5, 40, 8)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_sizes(rows, width, rank, rank_gate, bias):
+    assert_right(operands(rows, width, rank, rank_gate, torch.float16, bias), "silu")
+
+
+def test_rows_that_lie_apart():
+    """Latents that are parts of one tensor, whose rows begin at multiples of 16 bytes."""
+    up, up_factor, up_bias, gate, gate_factor, gate_bias = operands(50, 70, 24, 40, torch.float16)
+    fused = torch.cat([up, gate], 1)
+    lifts = [fused[:, :24], up_factor, up_bias, fused[:, 24:], gate_factor, gate_bias]
+    assert_right(lifts, "gelu")
