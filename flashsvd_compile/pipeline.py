@@ -76,7 +76,7 @@ def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite):
-        result = lower_row_blocks(site, builder, plan.block_rows)
+        result = lower_row_blocks(site, builder, plan.block_rows, list(plan.tile))
     else:
         raise AssertionError(f"no lowering {plan.lowering} for a {site.kind}")
     old = value(site.node)

@@ -5,18 +5,20 @@
 
 Operands: ``feed_forward_operands.py``. Only [block_rows, F] exists of the intermediate, whatever
 the number of rows, and where the last cache is large enough it stays there between the operators
-that touch it. On a Hopper the first line is one kernel, up to a rank (``lifted_activation.py``).
-Elsewhere it is two matmuls, the gate's into a second buffer, and an activation in place; on a GPU
+that touch it. The first line is one kernel where that is faster (``lifted_activation.py``). Else it
+is two matmuls, the gate's into a second buffer, and an activation in place; on a GPU
 that is one pass that rounds once (``activation_pass.py``). Each operator rounds to the dtype, as
 unfused. Ranks that a GPU's library GEMMs are slow at are padded. No autograd.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
 # A matmul wants rows, memory does not. Xeon with AVX-512, 2 threads, torch 2.13.0, float32,
@@ -37,20 +39,27 @@ CPU_FASTEST_FROM_BLOCKS = 2
 # (4224 rows of 32768, F 11008, SiLU gate) that takes 1.07 times what the unfused expression takes
 # under Inductor, for 14% of its bytes; blocks of 1024 rows 1.22 times, of 16384 rows 1.01 times.
 # torch 2.11.0, bfloat16, 2026-11-26.
+#
+# Lifted at once, a block is half as wide and launched by fewer kernels. Same H100 and day, triton
+# 3.6.0, how many times as fast as Inductor: SiLU gate of rank 384 (F 3072) at 16384 rows, blocks of
+# 2112, 4224, 8448 and 16896 rows: 0.84, 1.05, 1.16, 1.20; GELU of rank 384 at 65536 rows: 0.80,
+# 0.99, 1.14, 1.21, and 1.31 in one block; SiLU gate of rank 1024 (32768 rows, F 11008): 0.85, 0.96,
+# 0.98, 0.99.
 GEMM_TILE = 128
 GPU_WAVES = 2
+GPU_WAVES_AT_ONCE = 4
+
+# Ranks up to which, and rows from which on, that was faster than Inductor; GELU of rank 1024 (16384
+# rows, F 16384) 1.07 times. Fewer rows were not measured.
+ROW_BLOCKS_FASTEST_UP_TO_RANK = 1024
+ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED = 384
+ROW_BLOCKS_FASTEST_FROM_ROWS = 16384
 
 # Library GEMMs on a GPU want every extent to be a multiple of 16 bytes: on an H100 80GB HBM3
 # (torch 2.11.0, bfloat16, 2026-11-26) one of 2816 × 14336 took 0.60 ms at rank 1490, 0.18 at 1496,
 # and copying a factor 0.07. At 1024 rows that made no difference, from 2048 on it paid.
 ALIGNED_BYTES = 16
 ALIGNED_FROM_ROWS = 2048
-
-# H100 80GB HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, the intermediate alone: with a
-# SiLU gate of rank 1024, 4224 × 11008, one kernel 0.339 ms, library matmuls and one pass 0.366; of
-# rank 384, 16384 × 3072, 0.194 and 0.245; GELU 0.331 and 0.386 (8448 rows), 0.099 and 0.140. At
-# rank 1496 libraries win, 0.440 against 0.531.
-LIFTED_AT_ONCE_UP_TO_RANK = 1024
 
 
 @torch.no_grad()
@@ -59,12 +68,19 @@ def row_blocks_feed_forward(
     *,
     out: Tensor | None = None,
     block_rows: int | None = None,
+    tile: TileConfig | None = None,
 ) -> Tensor:
-    """S [T, R_d], block after block; ``block_rows`` defaults to `default_block_rows`."""
+    """S [T, R_d], block after block; ``block_rows`` defaults to `default_block_rows`.
+
+    ``tile``: of the kernel that lifts and activates at once, where that can take the operands;
+    without one, library matmuls lift.
+    """
     rows, gate = of.rows, of.gate
     out = of.allocate_output(out)
     if block_rows is None:
-        block_rows = default_block_rows(rank_down=of.rank_down, device=of.up.device)
+        block_rows = default_block_rows(
+            rank_down=of.rank_down, device=of.up.device, at_once=tile is not None
+        )
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
 
@@ -76,7 +92,7 @@ def row_blocks_feed_forward(
         down_bias = _padded(down_bias[:, None], rows=aligned)[:, 0]
     buffer_rows = min(block_rows, rows)
     up_buffer = of.up.new_empty(buffer_rows, of.intermediate_size)
-    lift_at_once = _lift_at_once(of, aligned)
+    lift_at_once = None if tile is None else _lift_at_once(of, tile, aligned)
     has_gate_buffer = gate is not None and lift_at_once is None
     gate_buffer = torch.empty_like(up_buffer) if has_gate_buffer else None
     is_padded = down_factor is not of.down_factor
@@ -100,12 +116,13 @@ def row_blocks_feed_forward(
     return out
 
 
-def default_block_rows(*, rank_down: int, device: torch.device) -> int:
-    """Rows of a block: as few as keep the GEMMs fast."""
+def default_block_rows(*, rank_down: int, device: torch.device, at_once: bool = False) -> int:
+    """Rows of a block: as few as keep the GEMMs fast; ``at_once``: where one kernel lifts."""
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         column_tiles = max(1, -(-rank_down // GEMM_TILE))
-        return GEMM_TILE * -(-GPU_WAVES * multiprocessors // column_tiles)
+        waves = GPU_WAVES_AT_ONCE if at_once else GPU_WAVES
+        return GEMM_TILE * -(-waves * multiprocessors // column_tiles)
     return CPU_BLOCK_ROWS
 
 
@@ -128,27 +145,18 @@ def _padded(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
     return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
 
 
-def is_lifted_at_once(ranks: Iterable[int], *, element_bytes: int, has_warpgroups: bool) -> bool:
-    """Whether one kernel makes the intermediate: where that was measured to be faster."""
-    return has_warpgroups and element_bytes == 2 and max(ranks) <= LIFTED_AT_ONCE_UP_TO_RANK
-
-
-def _lift_at_once(of: FeedForwardOperands, aligned: int) -> Callable[..., Tensor] | None:
-    """That kernel, where it takes the operands; ranks are padded to a multiple of ``aligned``."""
-    latents = [x for x in (of.up, of.up_factor, of.gate, of.gate_factor) if x is not None]
-    biases = [x for x in (of.up_bias, of.gate_bias) if x is not None]
-    is_faster = is_lifted_at_once(
-        (x.shape[1] for x in latents),
-        element_bytes=of.up.element_size(),
-        has_warpgroups=of.up.is_cuda and torch.cuda.get_device_capability(of.up.device)[0] == 9,
-    )
-    if not is_faster:
-        return None
+def _lift_at_once(
+    of: FeedForwardOperands, tile: TileConfig, aligned: int
+) -> Callable[..., Tensor] | None:
+    """The kernel that does, if it takes the operands; ranks become multiples of ``aligned``."""
     from flashsvd_compile.kernels.lifted_activation import lift_and_activate
     from flashsvd_compile.kernels.primitives import is_describable
 
+    latents = [x for x in (of.up, of.up_factor, of.gate, of.gate_factor) if x is not None]
+    biases = [x for x in (of.up_bias, of.gate_bias) if x is not None]
     is_taken = all(x.shape[1] % aligned or is_describable(x) for x in latents)
-    return lift_and_activate if is_taken and all(b.stride(0) == 1 for b in biases) else None
+    is_taken = is_taken and all(bias.is_contiguous() for bias in biases)
+    return partial(lift_and_activate, tile=tile) if is_taken else None
 
 
 def _lift_then_activate(

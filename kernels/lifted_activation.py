@@ -17,6 +17,7 @@ Tiles are read through tensor descriptors, so every row has to begin at a multip
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.activations_triton import activate
+from flashsvd_compile.kernels.lifted_activation_tiles import BLOCK_K
 from flashsvd_compile.kernels.primitives import (
     Described,
     dot,
@@ -25,16 +26,8 @@ from flashsvd_compile.kernels.primitives import (
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
-# Ranks of one step: 128 bytes, the widest row that a matmul's operand is swizzled over.
-BLOCK_K = 64
-
 # Rows of tiles that run side by side, so that they find the factors in the second-level cache.
 GROUP_ROWS = 8
-
-# The best of nine tiles at ranks 384 and 1024: where and when, see ``feed_forward_blocks.py``.
-NARROW_RANK = 384
-TILE_NARROW = TileConfig(128, 128, 4, 3)
-TILE_WIDE = TileConfig(128, 256, 8, 4)
 
 
 @triton.jit
@@ -109,12 +102,10 @@ def lift_and_activate(
     gate_bias: Tensor | None,
     activation: str,
     *,
-    tile: TileConfig | None = None,
+    tile: TileConfig,
 ) -> Tensor:
     """h [T, F] into ``out``, contiguous as biases are; latents and factors `is_describable`."""
     (rows, rank_up), width = up.shape, up_factor.shape[0]
-    if tile is None:
-        tile = TILE_NARROW if rank_up <= NARROW_RANK else TILE_WIDE
     gate = up if gate is None else gate
     is_gated = gate_factor is not None
     gate_factor = up_factor if gate_factor is None else gate_factor

@@ -22,9 +22,12 @@ def lower_streamed(site: FeedForwardSite, builder: Builder, tile: list[int]) -> 
     return _write(site, builder, ops.streamed_feed_forward, tile=tile)
 
 
-def lower_row_blocks(site: FeedForwardSite, builder: Builder, block_rows: int) -> fx.Node:
-    """Run the site on library GEMMs, ``block_rows`` tokens at a time."""
-    return _write(site, builder, ops.row_blocks_feed_forward_op, block_rows=block_rows)
+def lower_row_blocks(
+    site: FeedForwardSite, builder: Builder, block_rows: int, tile: list[int]
+) -> fx.Node:
+    """Run the site ``block_rows`` tokens at a time; ``tile``: of the kernel that lifts, if any."""
+    target = ops.row_blocks_feed_forward_op
+    return _write(site, builder, target, block_rows=block_rows, tile=tile)
 
 
 def _write(site: FeedForwardSite, builder: Builder, target: Any, **choice: Any) -> fx.Node:

@@ -39,7 +39,8 @@ def _schema(tensors: Sequence[str], rest: str) -> str:
     return f"({required}, {optional}, *, {rest}) -> Tensor"
 
 
-# ``tile``: the fields of TileConfig; empty lets the launcher choose.
+# ``tile``: the fields of TileConfig; empty lets the launcher choose, or, for row blocks, says that
+# library matmuls lift.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(_ATTENTION_TENSORS, "int num_heads, bool is_causal, float scale, int[] tile")
@@ -48,7 +49,8 @@ _LIBRARY.define(
     "streamed_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int[] tile")
 )
 _LIBRARY.define(
-    "row_blocks_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int block_rows")
+    "row_blocks_feed_forward"
+    + _schema(_FEED_FORWARD_TENSORS, "str activation, int block_rows, int[] tile=[]")
 )
 
 rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
@@ -80,9 +82,11 @@ def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers:
     return launch(_feed_forward_operands(tensors, numbers), tile=_tile(tile))
 
 
-def _row_blocks(*tensors: Tensor | None, block_rows: int, **numbers: Any) -> Tensor:
+def _row_blocks(
+    *tensors: Tensor | None, block_rows: int, tile: Sequence[int] = (), **numbers: Any
+) -> Tensor:
     of = _feed_forward_operands(tensors, numbers)
-    return row_blocks_feed_forward(of, block_rows=block_rows)
+    return row_blocks_feed_forward(of, block_rows=block_rows, tile=_tile(tile))
 
 
 def _attention_operands(

@@ -73,7 +73,8 @@ ARROWS = {
     "analysis": ["analysis", "reason", "kernels.activations"],
     "planner": [
         "planner", "analysis", "reason", "options",
-        "kernels.attention_tiles", "kernels.feed_forward_tiles", "kernels.feed_forward_blocks",
+        "kernels.attention_tiles", "kernels.feed_forward_tiles",
+        "kernels.lifted_activation_tiles", "kernels.feed_forward_blocks",
         "kernels.tiles",
     ],
     "lowering": ["lowering", "analysis", "reason", "kernels"],

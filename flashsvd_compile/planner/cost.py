@@ -12,7 +12,12 @@ import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
-from flashsvd_compile.kernels.feed_forward_blocks import CPU_FASTEST_FROM_BLOCKS
+from flashsvd_compile.kernels.feed_forward_blocks import (
+    CPU_FASTEST_FROM_BLOCKS,
+    ROW_BLOCKS_FASTEST_FROM_ROWS,
+    ROW_BLOCKS_FASTEST_UP_TO_RANK,
+    ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED,
+)
 from flashsvd_compile.kernels.feed_forward_tiles import (
     STREAMED_FASTEST_UP_TO_RANK,
     STREAMED_FASTEST_UP_TO_RANK_GATED,
@@ -71,19 +76,26 @@ def cheapest_feed_forward(
     hints: Mapping[Size, int],
     names: Sequence[str],
     block_rows: int,
+    at_once: bool,
 ) -> str:
     """The fastest of ``names``, as measured.
 
     On a CPU row blocks are never slower by more than noise as soon as there are two, and save
-    memory; on a GPU they save memory and cost time, and ranks up to a limit are streamed.
+    memory. On a GPU ranks up to a limit are streamed; beyond, row blocks save memory, and time too
+    where one kernel lifts and activates (``at_once``).
     """
+    tokens = _at(volume(site.tokens), hints)
     if device.type != "cuda":
-        tokens = _at(volume(site.tokens), hints)
         return "row_blocks" if tokens >= CPU_FASTEST_FROM_BLOCKS * block_rows else "unfused"
     ranks = [site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0]
     fastest_up_to = STREAMED_FASTEST_UP_TO_RANK_GATED if site.gate else STREAMED_FASTEST_UP_TO_RANK
     if "streamed" in names and site.dtype.itemsize == 2 and max(ranks) <= fastest_up_to:
         return "streamed"
+    blocks_up_to = (
+        ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED if site.gate else ROW_BLOCKS_FASTEST_UP_TO_RANK
+    )
+    if at_once and max(ranks) <= blocks_up_to and tokens >= ROW_BLOCKS_FASTEST_FROM_ROWS:
+        return "row_blocks"
     return "unfused"
 
 

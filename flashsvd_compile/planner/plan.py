@@ -14,7 +14,12 @@ from flashsvd_compile.analysis.site_records import (
     FeedForwardSite,
     Site,
 )
-from flashsvd_compile.kernels import attention_tiles, feed_forward_blocks, feed_forward_tiles
+from flashsvd_compile.kernels import (
+    attention_tiles,
+    feed_forward_blocks,
+    feed_forward_tiles,
+    lifted_activation_tiles,
+)
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
@@ -146,13 +151,13 @@ def _plan_feed_forward(
     base = cost.feed_forward_bytes(site)
     unfused = Plan(site, "unfused", _lost(site, "streamed and row_blocks"), base, base)
     streamed = _streamed(site, device, options)
-    row_blocks = _row_blocks(site, device)
+    row_blocks = _row_blocks(site, device, options)
     legal = {"row_blocks": row_blocks, "unfused": unfused}
     if isinstance(streamed, Plan):
         legal["streamed"] = streamed
     if (forced := options.feed_forward) == "auto":
         fastest = cost.cheapest_feed_forward(
-            site, device, hints, list(legal), row_blocks.block_rows
+            site, device, hints, list(legal), row_blocks.block_rows, bool(row_blocks.tile)
         )
         plan = legal[fastest]
         reason = plan.reason
@@ -184,19 +189,25 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
     return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
 
 
-def _row_blocks(site: FeedForwardSite, device: Device) -> Plan:
+def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
     width, element = int(volume(site.width)), site.dtype.itemsize
-    rank_down = int(volume(site.out))
-    rows = feed_forward_blocks.default_block_rows(rank_down=rank_down, device=site.device)
     arms = [site.up] if site.gate is None else [site.up, site.gate]
-    at_once = feed_forward_blocks.is_lifted_at_once(
-        (arm.rank_size for arm in arms),
+    tile = lifted_activation_tiles.default_tile(
+        [arm.rank_size for arm in arms],
         element_bytes=element,
         has_warpgroups=device.has_warpgroups,
+        sram_bytes=_sram(device, options),
     )
-    held = sympy.Min(rows, volume(site.tokens)) * width * element * (1 if at_once else len(arms))
+    rows = feed_forward_blocks.default_block_rows(
+        rank_down=int(volume(site.out)), device=site.device, at_once=tile is not None
+    )
+    buffers = len(arms) if tile is None else 1
+    held = sympy.Min(rows, volume(site.tokens)) * width * element * buffers
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
-    return Plan(site, "row_blocks", reason, held, block_rows=rows)
+    if tile is None:
+        return Plan(site, "row_blocks", reason, held, block_rows=rows)
+    return Plan(site, "row_blocks", reason, held, tile=astuple(tile), block_rows=rows,
+                sram_bytes=lifted_activation_tiles.sram_bytes_of(tile))  # fmt: skip
 
 
 def _not_measured(site: Site) -> Reason:

@@ -15,6 +15,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
     TILES_WIDE_GATED,
     sram_bytes_of,
 )
+from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_WIDE
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -162,18 +163,21 @@ def test_offsets_beyond_int32():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rank_gate", [None, 299], ids=["plain", "gated"])
+@pytest.mark.parametrize("tile", [None, TILE_NARROW, TILE_WIDE], ids=str)
 @pytest.mark.parametrize(
     ("rows", "rank"), [(5000, 300), (5000, 301), (100, 301), (100, 304), (3000, 520), (3000, 1096)]
 )
-def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype):
-    """Of ranks that are padded, and at few rows are not; lifted at once, and, above 1024, apart."""
+def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype, tile):
+    """Of ranks that are padded, and at few rows are not; lifted by libraries and at once."""
+    if tile is not None and dtype.itemsize != 2:
+        pytest.skip("the kernel lifts 16 bits")
     operands = random_operands(rows, rank, 1000, rank + 2, dtype, rank_gate=rank_gate)
     double = {name: operand.double() for name, operand in operands.items()}
     exact = unfused_feed_forward(FeedForwardOperands(**double, activation="silu"))
     eager = unfused_feed_forward(FeedForwardOperands(**operands, activation="silu"))
     out = torch.full_like(eager, float("nan"))
     blocks = row_blocks_feed_forward(
-        FeedForwardOperands(**operands, activation="silu"), out=out, block_rows=512
+        FeedForwardOperands(**operands, activation="silu"), out=out, block_rows=512, tile=tile
     )
     assert blocks is out
     roundings = 2 * torch.finfo(dtype).eps * exact.norm()

@@ -125,6 +125,22 @@ def test_large_ranks_leave_the_feed_forward_to_library_matmuls():
     assert plan_of(feed_forward, feed_forward_inputs(1024)).lowering == "unfused"
 
 
+def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
+    hopper = replace(HOPPER, has_warpgroups=True)
+
+    def plan(rank, rows, options=None, device=hopper):
+        return plan_of(feed_forward, feed_forward_inputs(rank, rows=rows), device, options)
+
+    found = plan(384, 16384)
+    assert found.lowering == "row_blocks"
+    assert found.tile
+    assert 0 < found.sram_bytes <= HOPPER.sram_bytes
+    assert found.transient_bytes * 2 <= found.unfused_bytes
+    assert plan(384, 2048).lowering == "unfused"
+    assert plan(384, 16384, device=HOPPER).lowering == "unfused"
+    assert plan(384, 16384, {"sram_budget": "48KiB"}).lowering == "unfused"
+
+
 def test_on_a_cpu_row_blocks_run_what_does_not_stay_in_cache():
     large = plan_of(feed_forward, feed_forward_inputs(64, dtype=torch.float32), CPU)
     assert large.lowering == "row_blocks"
