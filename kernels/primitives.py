@@ -18,6 +18,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 # Fixed at import, as is Triton's own choice to interpret.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+# What kernels compute in float32 and multiply on tensor cores, or exactly.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
@@ -50,6 +53,13 @@ def launch(
     else:
         constants["maxnreg"] = tile.max_registers or None
     kernel[grid](*operands, **constants)
+
+
+def pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) -> tuple:
+    """Kernel arguments of an operand; an absent one is never read, whatever stands in for it."""
+    if operand is None:
+        return (stand_in, *[0] * ndim)
+    return (operand, *operand.stride())
 
 
 @functools.cache
