@@ -52,6 +52,10 @@ class WholeExtents:
 # Latents are never in memory, so none is too long for a tile.
 MAX_RANK = MAX_RESIDENT_RANK
 
+# The largest rank at which it is chosen without being asked for. Not measured yet: 0 leaves every
+# feed-forward to the streamed one between library matmuls (`python -m bench.feed_forward`).
+WHOLE_FASTEST_UP_TO_RANK = 0
+
 MAX_REGISTERS_16_BIT = 192
 MAX_REGISTERS_32_BIT = 72
 

@@ -72,6 +72,14 @@ def sram_bytes_of_device(device: torch.device, otherwise: int) -> int:
 
 
 @functools.cache
+def multiprocessors_of_device(device: torch.device, otherwise: int) -> int:
+    """How many blocks run at once, one on each; ``otherwise`` where kernels are interpreted."""
+    if device.type != "cuda":
+        return otherwise
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def has_warpgroups(device: torch.device) -> bool:
     """Whether matmuls of 64 rows find an operand in registers: those of Hopper do."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

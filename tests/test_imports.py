@@ -74,7 +74,7 @@ ARROWS = {
     "planner": [
         "planner", "analysis", "reason", "options",
         "kernels.attention_tiles", "kernels.feed_forward_tiles", "kernels.feed_forward_blocks",
-        "kernels.tiles",
+        "kernels.feed_forward_whole_tiles", "kernels.chain_tiles", "kernels.tiles",
     ],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
