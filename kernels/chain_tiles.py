@@ -34,10 +34,11 @@ MAX_REGISTERS_16_BIT = 192
 MAX_REGISTERS_32_BIT = 72
 
 # The largest rank at which a streamed chain is chosen without being asked for. Not measured yet: 0
-# leaves every chain to library matmuls (`python -m bench.chain --device cuda`).
+# leaves every chain to library matmuls (`python -m bench.chain`).
 STREAMED_FASTEST_UP_TO_RANK = 0
 
-# Fastest first, then ever smaller, by the number of rows; not measured yet.
+# By the number of rows, large to small: the first that fits is taken. Not measured yet
+# (`python -m bench.outer_tiles chain`).
 _FEW_ROWS = (
     ChainTile(16, 64, 4, 4, block_k=128),
     ChainTile(16, 64, 4, 3, block_k=64),

@@ -63,7 +63,8 @@ WHOLE_FASTEST_UP_TO_RANK = 0
 MAX_REGISTERS_16_BIT = 208
 MAX_REGISTERS_32_BIT = 72
 
-# Large to small: the first that fits is taken. Not measured yet (`python -m bench.whole_tiles`).
+# Large to small: the first that fits is taken. Not measured yet
+# (`python -m bench.outer_tiles whole`).
 _FALLBACK = (
     WholeTile(64, 64, 4, 2),
     WholeTile(64, 32, 4, 2),
