@@ -34,6 +34,7 @@ test-gpu: $(ENV)
 bench: $(ENV)
 	$(PY) -m bench.attention
 	$(PY) -m bench.feed_forward
+	$(PY) -m bench.chain
 	$(PY) -m bench.encoder
 
 $(READY): pyproject.toml

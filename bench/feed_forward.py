@@ -3,10 +3,12 @@
     python -m bench.feed_forward --device cuda
     python -m bench.feed_forward --device cpu
     python -m bench.feed_forward --device cuda --shapes crossover
+    python -m bench.feed_forward --device cuda --shapes whole
 
 Each shape is timed in one run, contestants interleaved; before that every low-rank contestant must
 be as close to float64 as the unfused eager expression is. A shape of kind `latent` goes from
-latents to latent; a `chain` also has the outer factors, hidden size in and out. `dense` is the pair
+latents to latent; a `chain` also has the outer factors, hidden size in and out: there
+`streamed_whole` takes them in, the others leave them to library matmuls. `dense` is the pair
 (triple when gated) of full-width linears of the same hidden and intermediate size, compiled; it
 computes another function and passes no gate. Gate and up have latents of their own. Results go to
 ``bench/results``.
@@ -25,6 +27,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile
+from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -74,6 +77,7 @@ TARGETS: dict[str, list[Target]] = {
     "bert r256": [_over_inductor("streamed", 1.2, 0.03)],
     "swiglu r96": [_over_inductor("streamed", 1.8, 0.03)],
     "swiglu r384": [_over_inductor("row_blocks", 1.15, 0.03)],
+    "chain r64": [_over_inductor("streamed_whole", 1.2, 0.03)],
     "swiglu r1024": [_over_inductor("row_blocks", 1.0, 0.2)],
     "swiglu r1490": [_over_inductor("row_blocks", 1.0, 0.2)],
 }
@@ -95,6 +99,12 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
                 _swiglu(32768, 4096, 11008, 1024),
             )
             for block_rows in (2112, 4224, 8448, 16896)
+        ],
+        "whole": [
+            Shape(f"chain {act} r{rank} {rows} rows", "chain", rows, 768, 3072, rank, act, gated)
+            for act, gated in (("gelu", False), ("silu", True))
+            for rank in (32, 64, 96, 128, 240)
+            for rows in (256, 4096, 16384, 65536)
         ],
         "crossover": [
             Shape(f"{act} r{rank}", "latent", 65536, 768, 3072, rank, act, gated, bias=not gated)
@@ -189,6 +199,9 @@ def build(shape: Shape, device: str) -> Problem:
         if tile is not None:
             streamed = partial(through, partial(streamed_feed_forward, tile=tile))
             contestants = {"streamed": streamed, **contestants}
+        if outer:
+            whole = partial(_whole, shape, core, outer)
+            contestants = {"streamed_whole": whole, **contestants}
     inputs = (
         (normal(shape.rows, hidden),) if outer else tuple(normal(shape.rows, rank) for _ in latents)
     )
@@ -206,6 +219,18 @@ def _lift_tile(shape: Shape, device: str) -> TileConfig | None:
         has_warpgroups=properties.major == 9,
         sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
+
+
+def _whole(shape: Shape, core: dict[str, Tensor], outer: dict[str, Tensor], x: Tensor) -> Tensor:
+    from flashsvd_compile.kernels.feed_forward_whole import streamed_whole_feed_forward
+
+    gate = {"gate_u": outer["gate"], "gate_v": core["gate_factor"]} if shape.gated else {}
+    of = WholeFeedForwardOperands(
+        x, outer["up"], core["up_factor"], core["down_factor"], outer["last"],
+        activation=shape.activation, up_bias=core.get("up_bias"),
+        down_latent_bias=core.get("down_bias"), **gate,
+    )  # fmt: skip
+    return streamed_whole_feed_forward(of)
 
 
 def tile_of(shape: Shape) -> TileConfig | None:

@@ -11,20 +11,30 @@ from torch import fx
 
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
-from flashsvd_compile.analysis.site_records import AttentionSite, FeedForwardSite, Skip
+from flashsvd_compile.analysis.site_records import (
+    AttentionSite,
+    ChainSite,
+    FeedForwardSite,
+    Skip,
+)
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.lowering.attention import lower_attention
 from flashsvd_compile.lowering.builder import Builder
+from flashsvd_compile.lowering.chain import lower_chain
 from flashsvd_compile.lowering.einsum import split_einsums
-from flashsvd_compile.lowering.feed_forward import lower_row_blocks, lower_streamed
+from flashsvd_compile.lowering.feed_forward import (
+    lower_row_blocks,
+    lower_streamed,
+    lower_streamed_whole,
+)
 from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
-from flashsvd_compile.planner.plan import Plan, plan_site
+from flashsvd_compile.planner.plan import Plan, drop_taken, plan_site
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,15 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     clock.lap("analysis")
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
-    plans = tuple(plan_site(s, device_for(s.device), options, hints) for s in sites)
+    plans = drop_taken([plan_site(s, device_for(s.device), options, hints) for s in sites])
     clock.lap("plan")
 
-    replaced = dict(_lower(plan, facts) for plan in plans if plan.lowering != "unfused")
+    replaced: dict[fx.Node, Any] = {}
+    instead: dict[fx.Node, fx.Node] = {}
+    for plan in plans:
+        if plan.lowering != "unfused":
+            result, old = _lower(plan, facts, instead)
+            replaced[result] = old
     settle_strides(module.graph, replaced, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
@@ -66,22 +81,30 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     return Rewritten(module, before, _code(module), plans, tuple(skips), clock.laps)
 
 
-def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
-    """Put the plan's lowering in the place of the site's result; returns the new and the old."""
-    site = plan.site
-    pin_floats(site.region)
-    builder = Builder(site.node, facts.space)
+def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Any]:
+    """Put the plan's lowering in the place of the site's result; returns the new and the old.
+
+    ``instead`` is told, as later sites were found reading what is gone now.
+    """
+    site, node = plan.site, plan.node
+    pin_floats(plan.region)
+    builder = Builder(node, facts.space, instead)
     if isinstance(site, AttentionSite):
         result = lower_attention(site, builder, plan.tile)
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
+    elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed_whole":
+        result = lower_streamed_whole(site, builder, list(plan.tile))
+    elif isinstance(site, ChainSite):
+        result = lower_chain(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite):
         result = lower_row_blocks(site, builder, plan.block_rows, list(plan.tile))
     else:
         raise AssertionError(f"no lowering {plan.lowering} for a {site.kind}")
-    old = value(site.node)
-    site.node.replace_all_uses_with(result)
-    site.node.graph.erase_node(site.node)
+    old = value(node)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    instead[node] = result
     return result, old
 
 

@@ -17,6 +17,7 @@ class Code(str, Enum):
     DROPOUT_ACTIVE = "dropout_active"
     DTYPE = "dtype"
     FORCED = "forced"
+    LATENT_HAS_OTHER_USER = "latent_has_other_user"
     MUTATED = "mutated"
     NO_FUSED_LOWERING = "no_fused_lowering"
     NO_LOW_RANK_OPERAND = "no_low_rank_operand"

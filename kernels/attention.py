@@ -14,7 +14,9 @@ from flashsvd_compile.kernels.attention_tiles import (
     rank_padded,
     sram_bytes_of,
 )
+from flashsvd_compile.kernels.checks import validate_output
 from flashsvd_compile.kernels.primitives import (
+    KERNEL_DTYPES,
     Described,
     has_warpgroups,
     is_describable,
@@ -26,8 +28,6 @@ from flashsvd_compile.kernels.primitives import (
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Of the second and third axis of a CUDA grid.
 MAX_GRID_EXTENT = 65535
@@ -45,18 +45,15 @@ def rank_space_attention(
     """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer."""
     shape, num_heads = of.shape, of.num_heads
     q, k, v, mask = of.q, of.k, of.v, of.mask
-    if q.dtype not in SUPPORTED_DTYPES:
-        supported = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+    if q.dtype not in KERNEL_DTYPES:
+        supported = ", ".join(str(dtype) for dtype in KERNEL_DTYPES)
         raise ValueError(f"the kernel runs {supported}, q is {q.dtype}")
     out_shape = (shape.batch, num_heads, shape.queries, shape.head_dim_v)
     if out is None:
         rows = (shape.batch, shape.queries, num_heads, shape.head_dim_v)
         out = torch.empty(rows, dtype=q.dtype, device=q.device).transpose(1, 2)
-    elif tuple(out.shape) != out_shape or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(
-            f"out must be {list(out_shape)} of {q.dtype} on {q.device}, "
-            f"is {list(out.shape)} of {out.dtype} on {out.device}"
-        )
+    else:
+        validate_output(out, out_shape, q)
     if is_empty(out):
         return out
     if is_empty(k):  # no query sees a key

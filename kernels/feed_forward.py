@@ -22,69 +22,22 @@ float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf
 import torch
 import triton
 import triton.language as tl
-from flashsvd_compile.kernels.activations_triton import activate
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.feed_forward_stream import load_latent, stream_intermediate
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
-from flashsvd_compile.kernels.primitives import dot, is_empty, launch, sram_bytes_of_device
+from flashsvd_compile.kernels.primitives import (
+    KERNEL_DTYPES,
+    is_empty,
+    launch,
+    pointer_and_strides,
+    sram_bytes_of_device,
+)
+from flashsvd_compile.kernels.tile_loads import load_bias
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 # What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
 INTERPRETED_SRAM_BYTES = 227 * 1024
-
-
-@triton.jit
-def _load_tile(ptr, rows, row_stride, ROWS, cols, col_stride, COLS, ROWS_FIT: tl.constexpr,
-               COLS_FIT: tl.constexpr):  # fmt: skip
-    """The tile at ``rows`` × ``cols``, zero beyond ROWS × COLS; FIT says nothing is beyond."""
-    ptrs = ptr + rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
-    if ROWS_FIT and COLS_FIT:
-        return tl.load(ptrs)
-    if ROWS_FIT:
-        return tl.load(ptrs, mask=cols[None, :] < COLS, other=0.0)
-    if COLS_FIT:
-        return tl.load(ptrs, mask=rows[:, None] < ROWS, other=0.0)
-    return tl.load(ptrs, mask=(rows[:, None] < ROWS) & (cols[None, :] < COLS), other=0.0)
-
-
-@triton.jit
-def _load_latent(ptr, stride_t, stride_r, rows, T, start, RANK: tl.constexpr, CHUNK: tl.constexpr):
-    ranks = start + tl.arange(0, CHUNK)
-    return _load_tile(ptr, rows, stride_t, T, ranks, stride_r, RANK, False, RANK % CHUNK == 0)
-
-
-@triton.jit
-def _load_bias(ptr, stride, columns, N):
-    bias = tl.load(ptr + columns.to(tl.int64) * stride, mask=columns < N, other=0.0)
-    return bias.to(tl.float32)
-
-
-@triton.jit
-def _lift(
-    latent, latent_ptr, latent_stride_t, latent_stride_r,
-    factor_ptr, factor_stride_f, factor_stride_r,
-    rows, T, columns,
-    F: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, F_FIT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """P Vᵀ of one tile of rows × columns, in float32; ``latent`` is P where RANK is one chunk."""
-    RANK_FIT: tl.constexpr = RANK % CHUNK == 0
-    ranks = tl.arange(0, CHUNK)
-    if RANK <= CHUNK:
-        factor = _load_tile(factor_ptr, ranks, factor_stride_r, RANK,
-                            columns, factor_stride_f, F, RANK_FIT, F_FIT)  # fmt: skip
-        lifted = dot(latent, factor, None, PRECISION, INTERPRETED)
-    else:
-        lifted = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-        for start in tl.range(0, RANK, CHUNK):
-            chunk = _load_latent(latent_ptr, latent_stride_t, latent_stride_r, rows, T,
-                                 start, RANK, CHUNK)  # fmt: skip
-            factor = _load_tile(factor_ptr, start + ranks, factor_stride_r, RANK,
-                                columns, factor_stride_f, F, RANK_FIT, F_FIT)  # fmt: skip
-            lifted = dot(chunk, factor, lifted, PRECISION, INTERPRETED)
-    return lifted
 
 
 @triton.jit
@@ -103,8 +56,6 @@ def _feed_forward_kernel(
     SHORT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    F_FIT: tl.constexpr = F % BLOCK_N == 0
-    D_FIT: tl.constexpr = R_D == PADDED_D
     # 64 bits before the product with a stride: a tensor may hold more than 2³¹ elements.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_d = tl.arange(0, PADDED_D)
@@ -112,49 +63,22 @@ def _feed_forward_kernel(
     up = None
     gate = None
     if R_U <= CHUNK_U:
-        up = _load_latent(up_ptr, up_stride_t, up_stride_r, rows, T, 0, R_U, CHUNK_U)
+        up = load_latent(up_ptr, up_stride_t, up_stride_r, rows, T, 0, R_U, CHUNK_U)
     if GATED and R_G <= CHUNK_G:
-        gate = _load_latent(gate_ptr, gate_stride_t, gate_stride_r, rows, T, 0, R_G, CHUNK_G)
+        gate = load_latent(gate_ptr, gate_stride_t, gate_stride_r, rows, T, 0, R_G, CHUNK_G)
 
-    # The pipeliner leaves loads as small as a bias alone: each is asked for one step ahead, or its
-    # latency would stand before every lift.
-    up_bias = tl.zeros([BLOCK_N], tl.float32)
-    gate_bias = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_UP_BIAS:
-        up_bias = _load_bias(up_bias_ptr, up_bias_stride, tl.arange(0, BLOCK_N), F)
-    if HAS_GATE_BIAS:
-        gate_bias = _load_bias(gate_bias_ptr, gate_bias_stride, tl.arange(0, BLOCK_N), F)
-
-    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    for start in tl.range(0, F, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        hidden = _lift(
-            up, up_ptr, up_stride_t, up_stride_r,
-            up_factor_ptr, up_factor_stride_f, up_factor_stride_r,
-            rows, T, columns, F, R_U, CHUNK_U, F_FIT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        if HAS_UP_BIAS:
-            hidden += up_bias[None, :]
-            up_bias = _load_bias(up_bias_ptr, up_bias_stride, columns + BLOCK_N, F)
-        if GATED:
-            gated = _lift(
-                gate, gate_ptr, gate_stride_t, gate_stride_r,
-                gate_factor_ptr, gate_factor_stride_f, gate_factor_stride_r,
-                rows, T, columns, F, R_G, CHUNK_G, F_FIT, PRECISION, INTERPRETED,
-            )  # fmt: skip
-            if HAS_GATE_BIAS:
-                gated += gate_bias[None, :]
-                gate_bias = _load_bias(gate_bias_ptr, gate_bias_stride, columns + BLOCK_N, F)
-            hidden = activate(gated, ACTIVATION, SHORT) * hidden
-        else:
-            hidden = activate(hidden, ACTIVATION, SHORT)
-        # Beyond F the factor is 0, so what the activation makes of a padded column is dropped.
-        down_factor = _load_tile(down_factor_ptr, columns, down_factor_stride_f, F,
-                                 ranks_d, down_factor_stride_d, R_D, F_FIT, D_FIT)  # fmt: skip
-        acc = dot(hidden.to(down_factor.dtype), down_factor, acc, PRECISION, INTERPRETED)
-
+    acc = stream_intermediate(
+        up, up_ptr, up_stride_t, up_stride_r,
+        up_factor_ptr, up_factor_stride_f, up_factor_stride_r, up_bias_ptr, up_bias_stride,
+        gate, gate_ptr, gate_stride_t, gate_stride_r,
+        gate_factor_ptr, gate_factor_stride_f, gate_factor_stride_r, gate_bias_ptr,
+        gate_bias_stride, down_factor_ptr, down_factor_stride_d, down_factor_stride_f,
+        rows, T, F, R_U, R_G, R_D, CHUNK_U, CHUNK_G, PADDED_D, ACTIVATION, GATED,
+        HAS_UP_BIAS, HAS_GATE_BIAS, SHORT, 1, 1, 1, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     if HAS_DOWN_BIAS:
-        acc += _load_bias(down_bias_ptr, down_bias_stride, ranks_d, R_D)[None, :]
+        bias = load_bias(down_bias_ptr, ranks_d.to(tl.int64), down_bias_stride, R_D, False)
+        acc += bias[None, :]
     out_ptrs = out_ptr + rows[:, None] * R_D + ranks_d[None, :]
     inside = (rows[:, None] < T) & (ranks_d[None, :] < R_D)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -168,8 +92,8 @@ def streamed_feed_forward(
 ) -> Tensor:
     """S [T, R_d], contiguous. Operands of any strides; ``tile`` defaults to `default_tile`."""
     up, rank_gate = of.up, of.rank_gate
-    if up.dtype not in DTYPES:
-        raise ValueError(f"a streamed feed-forward takes {DTYPES}, not {up.dtype}")
+    if up.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"a streamed feed-forward takes {KERNEL_DTYPES}, not {up.dtype}")
     out = of.allocate_output(out)
     if tile is None:
         tile = _default_tile(of)
@@ -177,14 +101,14 @@ def streamed_feed_forward(
         return out
 
     operands = (
-        *_pointer_and_strides(up, up, 2),
-        *_pointer_and_strides(of.up_factor, up, 2),
-        *_pointer_and_strides(of.up_bias, up, 1),
-        *_pointer_and_strides(of.gate, up, 2),
-        *_pointer_and_strides(of.gate_factor, up, 2),
-        *_pointer_and_strides(of.gate_bias, up, 1),
-        *_pointer_and_strides(of.down_factor, up, 2),
-        *_pointer_and_strides(of.down_bias, up, 1),
+        *pointer_and_strides(up, up, 2),
+        *pointer_and_strides(of.up_factor, up, 2),
+        *pointer_and_strides(of.up_bias, up, 1),
+        *pointer_and_strides(of.gate, up, 2),
+        *pointer_and_strides(of.gate_factor, up, 2),
+        *pointer_and_strides(of.gate_bias, up, 1),
+        *pointer_and_strides(of.down_factor, up, 2),
+        *pointer_and_strides(of.down_bias, up, 1),
         out,
         of.rows,
     )
@@ -209,13 +133,6 @@ def streamed_feed_forward(
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     )
     return out
-
-
-def _pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) -> tuple:
-    """Kernel arguments of an operand; an absent one is never read, whatever stands in for it."""
-    if operand is None:
-        return (stand_in, *[0] * ndim)
-    return (operand, *operand.stride())
 
 
 def _default_tile(of: FeedForwardOperands) -> TileConfig:

@@ -17,6 +17,7 @@
 from dataclasses import KW_ONLY, dataclass
 
 from flashsvd_compile.kernels.activations import validate_activation
+from flashsvd_compile.kernels.checks import checked_output, validate_operands
 from torch import Tensor
 
 
@@ -45,8 +46,6 @@ class FeedForwardOperands:
             operand = getattr(self, name)
             if operand is not None and operand.dim() != 2:
                 raise ValueError(f"{name} must be 2-D, is {list(operand.shape)}")
-        if not self.up.is_floating_point():
-            raise ValueError(f"the operands must be floating point, up is {self.up.dtype}")
         width = self.intermediate_size
         expected = {
             "up_factor": (width, self.rank_up),
@@ -57,23 +56,7 @@ class FeedForwardOperands:
             "down_factor": (self.rank_down, width),
             "down_bias": (self.rank_down,),
         }
-        for name, shape in expected.items():
-            self._check(name, getattr(self, name), shape)
-
-    def _check(self, name: str, operand: Tensor | None, shape: tuple[int | None, ...]) -> None:
-        if operand is None:
-            return
-        up = self.up
-        if tuple(operand.shape) != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} beside up {list(up.shape)} and "
-                f"down_factor {list(self.down_factor.shape)}, is {list(operand.shape)}"
-            )
-        if (operand.dtype, operand.device) != (up.dtype, up.device):
-            raise ValueError(
-                f"all operands must share up's dtype and device ({up.dtype}, {up.device}); "
-                f"{name} is {operand.dtype}, {operand.device}"
-            )
+        validate_operands(self, expected, like="up")
 
     @property
     def rows(self) -> int:
@@ -97,14 +80,4 @@ class FeedForwardOperands:
 
     def allocate_output(self, out: Tensor | None) -> Tensor:
         """``out`` checked, or a new contiguous [T, R_d]."""
-        up, shape = self.up, (self.rows, self.rank_down)
-        if out is None:
-            return up.new_empty(shape)
-        if tuple(out.shape) != shape or (out.dtype, out.device) != (up.dtype, up.device):
-            raise ValueError(
-                f"out must be {list(shape)} of {up.dtype} on {up.device}, "
-                f"is {list(out.shape)} of {out.dtype} on {out.device}"
-            )
-        if not out.is_contiguous():
-            raise ValueError(f"out must be contiguous, has strides {out.stride()}")
-        return out
+        return checked_output(out, (self.rows, self.rank_down), self.up)

@@ -21,6 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Fixed at import, as is Triton's own choice to interpret.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+# What kernels compute in float32 and multiply on tensor cores, or exactly.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 # Bytes that a tensor descriptor's address and strides have to be multiples of.
 DESCRIPTOR_ALIGNMENT = 16
 
@@ -113,6 +116,13 @@ def _record(
     )
 
 
+def pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) -> tuple:
+    """Kernel arguments of an operand; an absent one is never read, whatever stands in for it."""
+    if operand is None:
+        return (stand_in, *[0] * ndim)
+    return (operand, *operand.stride())
+
+
 @functools.cache
 def sram_bytes_of_device(device: torch.device, otherwise: int) -> int:
     """Shared memory that a block may ask for; ``otherwise`` where kernels are interpreted."""
@@ -120,6 +130,14 @@ def sram_bytes_of_device(device: torch.device, otherwise: int) -> int:
         return otherwise
     properties = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.cache
+def multiprocessors_of_device(device: torch.device, otherwise: int) -> int:
+    """How many blocks run at once, one on each; ``otherwise`` where kernels are interpreted."""
+    if device.type != "cuda":
+        return otherwise
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

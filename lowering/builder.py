@@ -1,8 +1,9 @@
 """Writing nodes into a graph: traced values for each, sizes as nodes, tensors by their atoms."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -13,14 +14,23 @@ from torch.utils._sympy.functions import FloorDiv
 
 from flashsvd_compile.analysis.axes import AxisSpace, Dim, Size, same, shape_of, size_of, volume
 from flashsvd_compile.analysis.calls import aten, is_tensor, value
-from flashsvd_compile.analysis.factored import Labelled, expose
+from flashsvd_compile.analysis.factored import Bias, Labelled, expose
 
 
 class Builder:
-    """Inserts nodes before ``anchor``; each gets its fake value and the anchor's origin."""
+    """Inserts nodes before ``anchor``; each gets its fake value and the anchor's origin.
 
-    def __init__(self, anchor: fx.Node, space: AxisSpace | None = None) -> None:
+    ``instead``: nodes that the graph no longer has, and what stands in their places.
+    """
+
+    def __init__(
+        self,
+        anchor: fx.Node,
+        space: AxisSpace | None = None,
+        instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+    ) -> None:
         self.space = space or AxisSpace()
+        self._instead = instead
         self._anchor = anchor
         self._graph = anchor.graph
         self._fake_mode = detect_fake_mode(value(anchor))
@@ -48,6 +58,14 @@ class Builder:
         for node in list(nodes):
             result = node if result is None else self.call(combine, result, node)
         return result
+
+    def bias(self, biases: Iterable[Bias], atoms: Dim, dtype: torch.dtype) -> fx.Node | None:
+        """The sum of ``biases`` as a vector along ``atoms``; None where there are none."""
+        terms = []
+        for bias in biases:
+            node = self.cast(self.arrange(bias.tensor, [atoms]), dtype)
+            terms.append(self.times(node, bias.scale))
+        return self.fold(aten.add.Tensor, terms)
 
     # ---- sizes ----------------------------------------------------------------------------------
 
@@ -115,9 +133,8 @@ class Builder:
         return self._reshape(node, [volume(self.space.leaves(group)) for group in groups])
 
     def _stacked(self, tensor: Labelled) -> fx.Node:
-        if len(tensor.nodes) == 1:
-            return tensor.node
-        return self.call(aten.stack.default, list(tensor.nodes), 0)
+        nodes = [self._instead.get(node, node) for node in tensor.nodes]
+        return nodes[0] if len(nodes) == 1 else self.call(aten.stack.default, nodes, 0)
 
     def _cut(
         self, node: fx.Node, dims: list[Dim], atom: Any, start: Size, kept: Any

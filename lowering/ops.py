@@ -13,9 +13,14 @@ import torch
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
+from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
+from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
+from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
+from flashsvd_compile.kernels.feed_forward_whole_reference import unfused_whole_feed_forward
+from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -31,16 +36,22 @@ _FEED_FORWARD_TENSORS = (
     "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
 )  # fmt: skip
 
+_WHOLE_TENSORS = (
+    "x", "up_u", "up_v", "down_u", "down_v", "up_latent_bias", "up_bias",
+    "gate_x", "gate_u", "gate_v", "gate_latent_bias", "gate_bias", "down_latent_bias", "down_bias",
+)  # fmt: skip
+_CHAIN_TENSORS = ("x", "u", "v", "latent_bias", "bias")
 
-def _schema(tensors: Sequence[str], rest: str) -> str:
-    """The first three tensors are required, the others optional; numbers go by keyword."""
-    required = ", ".join(f"Tensor {name}" for name in tensors[:3])
-    optional = ", ".join(f"Tensor? {name}=None" for name in tensors[3:])
+
+def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str:
+    """The first tensors are required, the others optional; numbers go by keyword."""
+    required = ", ".join(f"Tensor {name}" for name in tensors[:required_tensors])
+    optional = ", ".join(f"Tensor? {name}=None" for name in tensors[required_tensors:])
     return f"({required}, {optional}, *, {rest}) -> Tensor"
 
 
-# ``tile``: the fields of TileConfig; empty lets the launcher choose, or, for row blocks, says that
-# library matmuls lift.
+# ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
+# blocks, says that library matmuls lift.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(_ATTENTION_TENSORS, "int num_heads, bool is_causal, float scale, int[] tile")
@@ -52,10 +63,17 @@ _LIBRARY.define(
     "row_blocks_feed_forward"
     + _schema(_FEED_FORWARD_TENSORS, "str activation, int block_rows, int[] tile=[]")
 )
+_LIBRARY.define(
+    "streamed_whole_feed_forward" + _schema(_WHOLE_TENSORS, "str activation, int[] tile", 5)
+)
+_LIBRARY.define("streamed_chain" + _schema(_CHAIN_TENSORS, "int[] tile"))
 
 rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
 streamed_feed_forward = torch.ops.flashsvd.streamed_feed_forward.default
 row_blocks_feed_forward_op = torch.ops.flashsvd.row_blocks_feed_forward.default
+
+streamed_whole_feed_forward = torch.ops.flashsvd.streamed_whole_feed_forward.default
+streamed_chain = torch.ops.flashsvd.streamed_chain.default
 
 
 # ---- who runs them ------------------------------------------------------------------------------
@@ -89,6 +107,31 @@ def _row_blocks(
     return row_blocks_feed_forward(of, block_rows=block_rows, tile=_tile(tile))
 
 
+def _whole_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+    from flashsvd_compile.kernels.feed_forward_whole import streamed_whole_feed_forward as launch
+
+    of = _whole_operands(tensors, numbers)
+    return launch(of, tile=WholeTile(*tile) if tile else None)
+
+
+@torch.no_grad()
+def _whole_on_library(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+    del tile
+    return unfused_whole_feed_forward(_whole_operands(tensors, numbers), row_blocks_feed_forward)
+
+
+def _chain_on_triton(*tensors: Tensor | None, tile: Sequence[int]) -> Tensor:
+    from flashsvd_compile.kernels.chain import streamed_chain as launch
+
+    return launch(_chain_operands(tensors, {}), tile=ChainTile(*tile) if tile else None)
+
+
+@torch.no_grad()
+def _chain_on_library(*tensors: Tensor | None, tile: Sequence[int]) -> Tensor:
+    del tile
+    return unfused_chain(_chain_operands(tensors, {}))
+
+
 def _attention_operands(
     tensors: Sequence[Tensor | None], numbers: dict[str, Any]
 ) -> AttentionOperands:
@@ -103,6 +146,16 @@ def _feed_forward_operands(
     return FeedForwardOperands(**_named(_FEED_FORWARD_TENSORS, tensors), **numbers)
 
 
+def _whole_operands(
+    tensors: Sequence[Tensor | None], numbers: dict[str, Any]
+) -> WholeFeedForwardOperands:
+    return WholeFeedForwardOperands(**_named(_WHOLE_TENSORS, tensors), **numbers)
+
+
+def _chain_operands(tensors: Sequence[Tensor | None], numbers: dict[str, Any]) -> ChainOperands:
+    return ChainOperands(**_named(_CHAIN_TENSORS, tensors), **numbers)
+
+
 def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
     """Arguments by name; the dispatcher leaves out trailing defaults."""
     return dict(zip(names, tensors, strict=False))
@@ -110,6 +163,8 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
 
 _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
+_LIBRARY.impl("streamed_whole_feed_forward", _whole_on_library, "CompositeExplicitAutograd")
+_LIBRARY.impl("streamed_chain", _chain_on_library, "CompositeExplicitAutograd")
 
 
 def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
@@ -134,6 +189,8 @@ def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
 
 _on_triton("rank_space_attention", _attention_on_triton)
 _on_triton("streamed_feed_forward", _streamed_on_triton)
+_on_triton("streamed_whole_feed_forward", _whole_on_triton)
+_on_triton("streamed_chain", _chain_on_triton)
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -156,6 +213,18 @@ def _feed_forward_shape(
 
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     torch.library.register_fake(f"flashsvd::{_name}", _feed_forward_shape, lib=_LIBRARY)
+
+
+@torch.library.register_fake("flashsvd::streamed_whole_feed_forward", lib=_LIBRARY)
+def _whole_shape(
+    x: Tensor, up_u: Tensor, up_v: Tensor, down_u: Tensor, down_v: Tensor, *_t: Any, **_: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], down_v.shape[0]))
+
+
+@torch.library.register_fake("flashsvd::streamed_chain", lib=_LIBRARY)
+def _chain_shape(x: Tensor, u: Tensor, v: Tensor, *_t: Any, **_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], v.shape[0]))
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -198,3 +267,7 @@ _differentiable(
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))
+_differentiable(
+    "streamed_whole_feed_forward", unfused_whole_feed_forward, _whole_operands, ("activation",)
+)
+_differentiable("streamed_chain", unfused_chain, _chain_operands, ())

@@ -65,17 +65,18 @@ def check(
     ranks: dict[str, str] | None = None,
     dynamic: bool | None = None,
     graphs: int = 1,
+    options: Mapping[str, Any] = MappingProxyType(OPTIONS),
 ) -> list[dict[str, Any]]:
     """Compile ``model`` once and run every call of it; its results must be as good as eager's.
 
-    ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains,
-    which stay as they are, are left out. ``ranks``: of the first attention. ``graphs``: how many
-    graphs may be compiled. Returns the sites of all graphs as the backend dumps them into the
-    empty directory ``into``.
+    ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains
+    are left out, unless ``options`` say how to run them. ``ranks``: of the first attention.
+    ``graphs``: how many graphs may be compiled. Returns the sites of all graphs as the backend
+    dumps them into the empty directory ``into``.
     """
     torch._dynamo.reset()
     compiled = torch.compile(
-        model, backend="flashsvd", options={**OPTIONS, "debug_dir": str(into)}, dynamic=dynamic
+        model, backend="flashsvd", options={**options, "debug_dir": str(into)}, dynamic=dynamic
     )
     with no_pass_may_fail():
         for args in calls:
@@ -84,7 +85,8 @@ def check(
     assert len(dumps) == graphs, f"{len(dumps)} graphs were compiled"
     sites = [site for dump in dumps for site in json.loads(dump.read_text())["sites"]]
     __tracebackhide__ = True
-    sites = [site for site in sites if site["kind"] != "chain"]
+    if options.get("chain", "auto") == "auto":
+        sites = [site for site in sites if site["kind"] != "chain"]
     told = [f"{site['kind']} {site['lowering'] or 'skipped'}" for site in sites]
     reasons = "\n".join(f"{t}: {s['reason']}" for t, s in zip(told, sites, strict=True))
     if found is not None:

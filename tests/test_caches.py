@@ -80,10 +80,11 @@ def test_caches(run):
     second = run(
         (ROW_BLOCKS, False, False),
         (ROW_BLOCKS | {"sram_budget": "64KiB"}, False, False),
+        (ROW_BLOCKS | {"chain": "unfused"}, False, False),
         (ROW_BLOCKS | {"debug_dir": None}, False, False),
         (ROW_BLOCKS, False, True),
     )
-    assert [outcome(c) for c in second] == ["hit", "miss", "hit", "hit"]
+    assert [outcome(c) for c in second] == ["hit", "miss", "miss", "hit", "hit"]
 
 
 CONSTANTS = """

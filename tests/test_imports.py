@@ -73,9 +73,9 @@ ARROWS = {
     "analysis": ["analysis", "reason", "kernels.activations"],
     "planner": [
         "planner", "analysis", "reason", "options",
-        "kernels.attention_tiles", "kernels.feed_forward_tiles",
-        "kernels.lifted_activation_tiles", "kernels.feed_forward_blocks",
-        "kernels.tiles",
+        "kernels.attention_tiles", "kernels.chain_tiles", "kernels.feed_forward_tiles",
+        "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
+        "kernels.feed_forward_blocks", "kernels.tiles",
     ],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],

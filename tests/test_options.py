@@ -13,6 +13,10 @@ RIGHT = {
         {"compiler": "eager", "attention": "unfused", "feed_forward": "row_blocks"},
         {"compiler": "eager", "attention": "unfused", "feed_forward": "row_blocks"},
     ),
+    "streamed": (
+        {"feed_forward": "streamed_whole", "chain": "streamed"},
+        {"feed_forward": "streamed_whole", "chain": "streamed"},
+    ),
     "bytes_number": ({"sram_budget": 4096}, {"sram_budget": 4096}),
     "bytes_binary": ({"sram_budget": "99KiB"}, {"sram_budget": 99 * 1024}),
     "bytes_decimal": ({"sram_budget": "1.5 MB"}, {"sram_budget": 1_500_000}),
@@ -29,6 +33,7 @@ WRONG = {
     "inductor_name": ({"max_autotun": True}, ["'max_autotun'", "'max_autotune'"]),
     "inductor_type": ({"max_autotune": "yes"}, ["max_autotune", "str", "bool"]),
     "value": ({"attention": "rank-space"}, ["'rank-space'", "'rank_space'", "unfused"]),
+    "chain": ({"chain": "row_blocks"}, ["value of chain 'row_blocks'", "streamed", "unfused"]),
     "value_type": ({"compiler": 3}, ["compiler", "3", "aot_eager"]),
     "unit": ({"sram_budget": "99KoB"}, ["sram_budget", "'KoB'", "KB"]),
     "no_number": ({"sram_budget": "KiB"}, ["sram_budget", "99KiB"]),

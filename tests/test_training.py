@@ -212,11 +212,34 @@ def _feed_forward_arguments():
     }
 
 
+def _whole_arguments():
+    T, K, F, OUT = 5, 6, 9, 4
+    required = (_drawn(T, K), _drawn(R, K), _drawn(F, R), _drawn(3, F), _drawn(OUT, 3))
+    gate = (_drawn(T, 7), _drawn(3, 7), _drawn(F, 3), _drawn(3), _drawn(F))
+    numbers = {"activation": "gelu", "tile": []}
+    silu = {**numbers, "activation": "silu"}
+    return {
+        "plain": (required, numbers),
+        "biases": ((*required, _drawn(R), _drawn(F), *[None] * 5, _drawn(3), _drawn(OUT)), numbers),
+        "gated": ((*required, None, None, *gate), silu),
+        "gated_by_its_latent": ((*required, None, None, None, None, _drawn(F, R)), silu),
+        "gated_by_its_x": ((*required, None, None, None, _drawn(3, K), _drawn(F, 3)), silu),
+    }
+
+
+def _chain_arguments():
+    required = (_drawn(5, 6), _drawn(R, 6), _drawn(4, R))
+    numbers = {"tile": []}
+    return {"plain": (required, numbers), "biases": ((*required, _drawn(R), _drawn(4)), numbers)}
+
+
 CHECKED = {
     f"{op._opname}-{name}": (op, make, name)
     for op, make in (
         (ops.rank_space_attention, _attention_arguments),
         (ops.row_blocks_feed_forward_op, _feed_forward_arguments),
+        (ops.streamed_whole_feed_forward, _whole_arguments),
+        (ops.streamed_chain, _chain_arguments),
     )
     for name in make()
 }

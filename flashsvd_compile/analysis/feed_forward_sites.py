@@ -9,6 +9,7 @@ from flashsvd_compile.analysis.axes import Dims, volume
 from flashsvd_compile.analysis.factored import Factored, Labelled
 from flashsvd_compile.analysis.facts import Facts, FeedForwardCandidate
 from flashsvd_compile.analysis.low_rank import is_low_rank
+from flashsvd_compile.analysis.outer_factors import outer_factors
 from flashsvd_compile.analysis.pointwise import is_nonlinear, name_activation
 from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
 from flashsvd_compile.analysis.site_records import Arm, FeedForwardSite
@@ -88,19 +89,25 @@ def _read_site(
     batch = {a for i in tokens for a in space.leaves(facts.axes[wide][i])}
     if batch & set(down.factor.atoms(space)):
         return reason_at(product.node, Code.BAD_LAYOUT, "the down factor varies over tokens")
+    up, gate = arms[activated if other is None else other], None
+    if other is not None:
+        gate = arms[activated]
+    rows, region = facts.atoms(wide, tuple(tokens)), inside | {product.node}
+    inputs = [(arm.latent, arm.rows, arm.rank) for arm in (up, gate) if arm is not None]
     return FeedForwardSite(
         product.node,
         common_path([product.node, *inside]),
-        inside | {product.node},
-        up=arms[activated if other is None else other],
-        gate=None if other is None else arms[activated],
+        region,
+        up=up,
+        gate=gate,
         activation=activation,
         down=down.factor,
         down_bias=down.biases[0].tensor if down.biases else None,
-        tokens=facts.atoms(wide, tuple(tokens)),
+        tokens=rows,
         width=width,
         out=out,
         out_dims=facts.axes[product.node],
+        outer=outer_factors(facts, product.node, region, inputs, rows, out),
     )
 
 

@@ -110,8 +110,62 @@ class AttentionSite(Site):
 
 
 @dataclass(frozen=True)
+class Entry:
+    """The product that made a latent: x [rows, hidden] · factor [rank, hidden] + biases [rank].
+
+    ``region``: the nodes from that product to the latent.
+    """
+
+    x: Labelled
+    factor: Labelled
+    biases: tuple[Bias, ...]
+    rows: Dim
+    rank: Dim
+    hidden: Dim
+    region: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """``node`` lifts a latent [tokens, rank] by factor [width, rank], and adds ``biases`` [width].
+
+    ``latent_biases`` [rank]: all that was added to the latent before.
+    """
+
+    node: fx.Node
+    factor: Labelled
+    biases: tuple[Bias, ...]
+    latent_biases: tuple[Bias, ...]
+    tokens: Dim
+    rank: Dim
+    width: Dim
+    out_dims: Dims
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer factors of a feed-forward; ``region`` is all from x, not included, to y."""
+
+    up: Entry
+    gate: Entry | None
+    exit: Exit
+    region: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class ChainEnds:
+    """Both products of a chain whose latent nobody else reads."""
+
+    entry: Entry
+    exit: Exit
+
+
+@dataclass(frozen=True)
 class FeedForwardSite(Site):
-    """act(gate) · up, or act(up), times the down factor: [T, rank] → [T, out]."""
+    """act(gate) · up, or act(up), times the down factor: [T, rank] → [T, out].
+
+    ``outer``: the factors before and after it, or why they cannot be taken in.
+    """
 
     kind: ClassVar[str] = "feed_forward"
 
@@ -124,6 +178,21 @@ class FeedForwardSite(Site):
     width: Dim
     out: Dim
     out_dims: Dims
+    outer: Outer | Reason
+
+    @property
+    def gate_from(self) -> str:
+        """What the gate's latent comes from: "none", up's ("latent"), up's "x", or its "own"."""
+        if self.gate is None:
+            return "none"
+        if self.gate.latent == self.up.latent and self.gate.rank == self.up.rank:
+            return "latent"
+        outer = self.outer
+        if isinstance(outer, Outer) and outer.gate is not None:
+            up, gate = outer.up, outer.gate
+            if (up.x, up.rows, up.hidden) == (gate.x, gate.rows, gate.hidden):
+                return "x"
+        return "own"
 
 
 @dataclass(frozen=True)
@@ -131,6 +200,7 @@ class ChainSite(Site):
     """(x · u) · v that belongs to no larger site.
 
     u is [in_width, rank] and v [rank, out_width]; of every group where they are stacked.
+    ``ends``: the two products, or why they cannot be one.
     """
 
     kind: ClassVar[str] = "chain"
@@ -139,6 +209,7 @@ class ChainSite(Site):
     rank: int
     in_width: int
     out_width: int
+    ends: ChainEnds | Reason
 
 
 @dataclass(frozen=True)

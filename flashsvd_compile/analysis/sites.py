@@ -1,5 +1,7 @@
 """All sites of a graph, and its near-misses, from the facts of one sweep."""
 
+from dataclasses import replace
+
 from torch import fx
 
 from flashsvd_compile.analysis.attention_sites import attention_site
@@ -7,8 +9,16 @@ from flashsvd_compile.analysis.axes import volume
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.feed_forward_sites import feed_forward_site
 from flashsvd_compile.analysis.low_rank import is_low_rank, lifted_latents
-from flashsvd_compile.analysis.site_records import ChainSite, Site, Skip
-from flashsvd_compile.reason import Reason, module_path
+from flashsvd_compile.analysis.outer_factors import chain_ends
+from flashsvd_compile.analysis.site_records import (
+    ChainEnds,
+    ChainSite,
+    FeedForwardSite,
+    Outer,
+    Site,
+    Skip,
+)
+from flashsvd_compile.reason import Code, Reason, module_path, reason_at
 
 
 def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
@@ -27,9 +37,25 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
             skips.append(Skip(kind, node, module_path(node), found))
         elif found is not None:
             sites.append(found)
-    sites += _chains(facts, taken=frozenset().union(*(site.region for site in sites)))
+    taken = frozenset().union(*(site.region for site in sites))
+    sites = [_apart(site, taken) for site in sites]
+    sites += _chains(facts, taken)
     order = {node: index for index, node in enumerate(graph.nodes)}
     return sorted(sites, key=lambda s: order[s.node]), sorted(skips, key=lambda s: order[s.node])
+
+
+def _apart(site: Site, taken: frozenset[fx.Node]) -> Site:
+    """``site`` without outer factors that reach into another site, as ``taken`` tells."""
+    if not isinstance(site, FeedForwardSite) or not isinstance(site.outer, Outer):
+        return site
+    shared = (site.outer.region - site.region) & taken
+    return replace(site, outer=_belongs_elsewhere(shared)) if shared else site
+
+
+def _belongs_elsewhere(shared: frozenset[fx.Node]) -> Reason:
+    node = min(shared, key=lambda node: node.name)
+    observed = f"{node.name} belongs to another site"
+    return reason_at(node, Code.LATENT_HAS_OTHER_USER, observed, "no reader outside")
 
 
 def _chains(facts: Facts, taken: frozenset[fx.Node]) -> list[ChainSite]:
@@ -48,6 +74,14 @@ def _chains(facts: Facts, taken: frozenset[fx.Node]) -> list[ChainSite]:
                 rank=int(fact.rank_size(facts.space)),
                 in_width=int(inner.rank_size(facts.space)),
                 out_width=int(volume(fact.lifted_atoms(facts.space))),
+                ends=_chain_ends(facts, node, taken),
             )
         )
     return chains
+
+
+def _chain_ends(facts: Facts, lift: fx.Node, taken: frozenset[fx.Node]) -> ChainEnds | Reason:
+    """Those of a chain whose latent no larger site makes: that would be made twice."""
+    ends = chain_ends(facts, lift)
+    shared = ends.entry.region & taken if isinstance(ends, ChainEnds) else frozenset()
+    return _belongs_elsewhere(shared) if shared else ends

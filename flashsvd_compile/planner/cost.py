@@ -22,6 +22,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
     STREAMED_FASTEST_UP_TO_RANK,
     STREAMED_FASTEST_UP_TO_RANK_GATED,
 )
+from flashsvd_compile.kernels.feed_forward_whole_tiles import WHOLE_FASTEST_UP_TO_RANK
 from flashsvd_compile.planner.device import Device
 
 # The size that an unbounded symbol is judged at when no example size is known.
@@ -46,19 +47,19 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
     query, key, value = site.query, site.key, site.value
     pairs = batch * heads * rows * keys
     macs = pairs * (_padded(key, device) + _padded(value, device))
-    seconds = _at(macs, hints) / device.macs_per_s[_class(element)]
-    seconds += _at(pairs, hints) / device.exps_per_s
+    seconds = at(macs, hints) / device.macs_per_s[_class(element)]
+    seconds += at(pairs, hints) / device.exps_per_s
     transient: Size = sympy.Integer(0)
     for arm, count in ((query, rows), (key, keys), (value, keys)):
         lifted = batch * heads * count * arm.width_size
         if arm.factor is not None and arm is not key:
             work = lifted * arm.rank_size
-            seconds += _at(work, hints) / device.macs_per_s[_class(element)]
+            seconds += at(work, hints) / device.macs_per_s[_class(element)]
         if arm is query and key.factor is not None:
             work = batch * heads * rows * key.width_size * key.rank_size
-            seconds += _at(work, hints) / device.macs_per_s[_class(element)]
+            seconds += at(work, hints) / device.macs_per_s[_class(element)]
         if arm.factor is None:
-            seconds += 2 * _at(lifted, hints) * element / device.bytes_per_s
+            seconds += 2 * at(lifted, hints) * element / device.bytes_per_s
             transient += lifted * element
     return Cost(seconds + device.launch_s, transient)
 
@@ -66,7 +67,7 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
 def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> float:
     """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
     count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
-    work = _at(count * arm.rank_size, hints) / device.macs_per_s[_class(site.dtype.itemsize)]
+    work = at(count * arm.rank_size, hints) / device.macs_per_s[_class(site.dtype.itemsize)]
     return work + device.launch_s
 
 
@@ -84,12 +85,15 @@ def cheapest_feed_forward(
     memory. On a GPU ranks up to a limit are streamed; beyond, row blocks save memory, and time too
     where one kernel lifts and activates (``at_once``).
     """
-    tokens = _at(volume(site.tokens), hints)
+    tokens = at(volume(site.tokens), hints)
     if device.type != "cuda":
         return "row_blocks" if tokens >= CPU_FASTEST_FROM_BLOCKS * block_rows else "unfused"
     ranks = [site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0]
     fastest_up_to = STREAMED_FASTEST_UP_TO_RANK_GATED if site.gate else STREAMED_FASTEST_UP_TO_RANK
-    if "streamed" in names and site.dtype.itemsize == 2 and max(ranks) <= fastest_up_to:
+    is_short = site.dtype.itemsize == 2
+    if "streamed_whole" in names and is_short and max(ranks) <= WHOLE_FASTEST_UP_TO_RANK:
+        return "streamed_whole"
+    if "streamed" in names and is_short and max(ranks) <= fastest_up_to:
         return "streamed"
     blocks_up_to = (
         ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED if site.gate else ROW_BLOCKS_FASTEST_UP_TO_RANK
@@ -114,7 +118,8 @@ def _class(element_bytes: int) -> int:
     return 2 if element_bytes <= 2 else 4
 
 
-def _at(size: Size, hints: Mapping[Size, int]) -> float:
+def at(size: Size, hints: Mapping[Size, int]) -> float:
+    """``size`` at the example sizes."""
     size = sympy.sympify(size)
     return float(size.subs({s: hints.get(s, UNKNOWN_SIZE) for s in size.free_symbols}))
 

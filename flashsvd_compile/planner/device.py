@@ -14,7 +14,7 @@ class Device:
     ``has_warpgroups``: whether matmuls of 64 rows find an operand in registers (Hopper).
     ``macs_per_s``: multiply-adds a second of a large matmul, by bytes an element.
     ``exps_per_s``: softmax elements a second. ``bytes_per_s``: copy, read plus written.
-    ``launch_s``: the least time of one operator.
+    ``launch_s``: the least time of one operator. ``multiprocessors``: blocks that run at once.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Device:
     bytes_per_s: float
     launch_s: float
     has_warpgroups: bool = False
+    multiprocessors: int = 0
 
 
 # One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured; half of
@@ -57,4 +58,5 @@ def device_for(device: torch.device) -> Device:
         _HOPPER_BYTES * share,
         4e-6,
         has_warpgroups=properties.major == 9,
+        multiprocessors=properties.multi_processor_count,
     )

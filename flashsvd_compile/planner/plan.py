@@ -1,23 +1,28 @@
 """For each site the cheapest legal lowering. ``unfused`` always competes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import sympy
+from torch import fx
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
+    ChainEnds,
     ChainSite,
     FeedForwardSite,
+    Outer,
     Site,
 )
 from flashsvd_compile.kernels import (
     attention_tiles,
+    chain_tiles,
     feed_forward_blocks,
     feed_forward_tiles,
+    feed_forward_whole_tiles,
     lifted_activation_tiles,
 )
 from flashsvd_compile.options import Options
@@ -45,6 +50,25 @@ class Plan:
     block_rows: int = 0
     sram_bytes: int = 0
 
+    @property
+    def node(self) -> fx.Node:
+        """The node that the lowering takes the place of."""
+        return self._outer.exit.node if self._outer else self.site.node
+
+    @property
+    def region(self) -> frozenset[fx.Node]:
+        """All nodes whose work the lowering does."""
+        site = self.site
+        if isinstance(site, ChainSite) and isinstance(site.ends, ChainEnds):
+            return site.region | site.ends.entry.region
+        return self._outer.region if self._outer else site.region
+
+    @property
+    def _outer(self) -> Outer | None:
+        site, is_whole = self.site, self.lowering == "streamed_whole"
+        found = site.outer if is_whole and isinstance(site, FeedForwardSite) else None
+        return found if isinstance(found, Outer) else None
+
 
 def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size, int]) -> Plan:
     """The plan of one site; ``hints`` are example values of symbolic sizes."""
@@ -53,7 +77,15 @@ def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size,
     if isinstance(site, FeedForwardSite):
         return _plan_feed_forward(site, device, options, hints)
     assert isinstance(site, ChainSite)
-    return Plan(site, "unfused", _why_chain_stays(site))
+    return _plan_chain(site, device, options, hints)
+
+
+def drop_taken(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The plans without those of chains that became a part of a larger site."""
+    taken = {plan.node for plan in plans if plan.lowering == "streamed_whole"}
+    return tuple(
+        plan for plan in plans if not (isinstance(plan.site, ChainSite) and plan.node in taken)
+    )
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -152,9 +184,11 @@ def _plan_feed_forward(
     unfused = Plan(site, "unfused", _lost(site, "streamed and row_blocks"), base, base)
     streamed = _streamed(site, device, options)
     row_blocks = _row_blocks(site, device, options)
+    whole = _streamed_whole(site, device, options)
     legal = {"row_blocks": row_blocks, "unfused": unfused}
-    if isinstance(streamed, Plan):
-        legal["streamed"] = streamed
+    for name, found in (("streamed", streamed), ("streamed_whole", whole)):
+        if isinstance(found, Plan):
+            legal[name] = found
     if (forced := options.feed_forward) == "auto":
         fastest = cost.cheapest_feed_forward(
             site, device, hints, list(legal), row_blocks.block_rows, bool(row_blocks.tile)
@@ -164,8 +198,9 @@ def _plan_feed_forward(
     elif forced in legal:
         plan, reason = legal[forced], reason_at(site.node, Code.FORCED, f"feed_forward={forced!r}")
     else:
-        assert isinstance(streamed, Reason)
-        plan, reason = unfused, streamed
+        problem = whole if forced == "streamed_whole" else streamed
+        assert isinstance(problem, Reason)
+        plan, reason = unfused, problem
     return replace(plan, reason=reason, unfused_bytes=base)
 
 
@@ -189,6 +224,29 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
     return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
 
 
+def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:
+    if device.type != "cuda":
+        return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    if isinstance(site.outer, Reason):
+        return site.outer
+    extents = feed_forward_whole_tiles.WholeExtents(
+        rank_up=site.up.rank_size,
+        rank_gate=site.gate.rank_size if site.gate else None,
+        rank_down=int(volume(site.out)),
+        intermediate_size=int(volume(site.width)),
+        gate_from=site.gate_from,
+        element_bytes=site.dtype.itemsize,
+    )
+    sram = _sram(device, options)
+    tile = feed_forward_whole_tiles.default_tile(extents, sram)
+    if tile is None:
+        ranks = f"ranks {extents.rank_up} in, {extents.rank_down} out"
+        return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    reason = reason_at(site.node, Code.PLANNED, "neither latents nor the intermediate leave chip")
+    used = feed_forward_whole_tiles.sram_bytes_of(tile, extents)
+    return Plan(site, "streamed_whole", reason, tile=astuple(tile), sram_bytes=used)
+
+
 def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
     width, element = int(volume(site.width)), site.dtype.itemsize
     arms = [site.up] if site.gate is None else [site.up, site.gate]
@@ -208,6 +266,53 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
         return Plan(site, "row_blocks", reason, held, block_rows=rows)
     return Plan(site, "row_blocks", reason, held, tile=astuple(tile), block_rows=rows,
                 sram_bytes=lifted_activation_tiles.sram_bytes_of(tile))  # fmt: skip
+
+
+# ---- chain --------------------------------------------------------------------------------------
+
+
+def _plan_chain(
+    site: ChainSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan:
+    unfused = Plan(site, "unfused", _why_chain_stays(site))
+    if options.chain == "unfused":
+        return replace(unfused, reason=reason_at(site.node, Code.FORCED, "chain='unfused'"))
+    streamed = _streamed_chain(site, device, options, hints)
+    if options.chain == "streamed":
+        if isinstance(streamed, Reason):
+            return replace(unfused, reason=streamed)
+        return replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
+    is_measured = site.rank <= chain_tiles.STREAMED_FASTEST_UP_TO_RANK
+    if isinstance(streamed, Plan) and is_measured and site.dtype.itemsize == 2:
+        return streamed
+    return unfused
+
+
+def _streamed_chain(
+    site: ChainSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan | Reason:
+    if device.type != "cuda":
+        return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    if not isinstance(site.ends, ChainEnds):
+        return site.ends
+    if (why := _why_chain_stays(site)).code is Code.RANK_TOO_LARGE:
+        return why
+    rows, element = volume(site.ends.entry.rows), site.dtype.itemsize
+    sram = _sram(device, options)
+    tile = chain_tiles.default_tile(
+        rows=round(cost.at(rows, hints)),
+        rank=site.rank,
+        out_size=site.out_width,
+        element_bytes=element,
+        sram_bytes=sram,
+        multiprocessors=device.multiprocessors,
+    )
+    if tile is None:
+        return reason_at(site.node, Code.SRAM, f"no tile for rank {site.rank}", f"{sram} bytes")
+    reason = reason_at(site.node, Code.PLANNED, "the latent stays on chip")
+    used = chain_tiles.sram_bytes_of(tile, rank=site.rank, element_bytes=element)
+    return Plan(site, "streamed", reason, unfused_bytes=rows * site.rank * element,
+                tile=astuple(tile), sram_bytes=used)  # fmt: skip
 
 
 def _not_measured(site: Site) -> Reason:

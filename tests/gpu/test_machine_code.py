@@ -16,14 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
+from flashsvd_compile.kernels import (
+    attention,
+    attention_kernel,
+    chain,
+    feed_forward,
+    feed_forward_whole,
+)
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
     TILES_NARROW,
     TILES_NARROW_CAUSAL,
     TILES_WIDEST,
 )
+from flashsvd_compile.kernels.chain_operands import ChainOperands
+from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -186,4 +195,32 @@ def test_feed_forward(rank, rank_gate):
     )  # fmt: skip
     launch = partial(feed_forward.streamed_feed_forward, of)
     for cubin in compiled_by(feed_forward._feed_forward_kernel, launch):
+        assert unwritten_reads(cubin) == []
+
+
+@pytest.mark.parametrize("gate", ["none", "latent", "x", "own"])
+@pytest.mark.parametrize("hidden", [200, 768])
+@pytest.mark.parametrize(("rank_up", "rank_down"), [(16, 16), (37, 96), (64, 64), (240, 240)])
+def test_feed_forward_streamed_whole(rank_up, rank_down, hidden, gate):
+    given = {} if gate == "none" else {"gate_v": normal(400, rank_up)}
+    if gate in ("x", "own"):
+        given = {"gate_u": normal(16, hidden), "gate_v": normal(400, 16)}
+    if gate == "own":
+        given["gate_x"] = normal(200, hidden)
+    of = WholeFeedForwardOperands(
+        normal(200, hidden), normal(rank_up, hidden), normal(400, rank_up),
+        normal(rank_down, 400), normal(hidden, rank_down),
+        activation="silu", up_bias=normal(400), down_bias=normal(hidden), **given,
+    )  # fmt: skip
+    launch = partial(feed_forward_whole.streamed_whole_feed_forward, of)
+    for cubin in compiled_by(feed_forward_whole.whole_feed_forward_kernel, launch):
+        assert unwritten_reads(cubin) == []
+
+
+@pytest.mark.parametrize("rank", [16, 64, 240])
+@pytest.mark.parametrize("hidden", [200, 768])
+@pytest.mark.parametrize("tile", [None, ChainTile(16, 64, 4, 3), ChainTile(64, 64, 4, 3)], ids=str)
+def test_chain(tile, hidden, rank):
+    of = ChainOperands(normal(300, hidden), normal(rank, hidden), normal(hidden, rank))
+    for cubin in compiled_by(chain.chain_kernel, partial(chain.streamed_chain, of, tile=tile)):
         assert unwritten_reads(cubin) == []

@@ -26,7 +26,9 @@ def traced(*arguments: str) -> dict:
 
 
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
-@pytest.mark.parametrize("name", ["attention", "described_attention", "feed_forward"])
+@pytest.mark.parametrize(
+    "name", ["attention", "described_attention", "feed_forward", "whole", "chain"]
+)
 def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
     found = traced(name, "cuda:0", shapes)
     assert found["launches"] == ["triton_kernel_wrapper_functional"]

@@ -57,6 +57,18 @@ class FeedForward(nn.Module):
         return (result,)
 
 
+class Whole(nn.Module):
+    def forward(self, x: Tensor, *factors: Tensor) -> tuple[Tensor]:
+        tile = [64, 64, 4, 3, 0, 64, 64]
+        x = x.flatten(0, 1)
+        return (ops.streamed_whole_feed_forward(x, *factors, activation="gelu", tile=tile),)
+
+
+class Chain(nn.Module):
+    def forward(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (ops.streamed_chain(x.flatten(0, 1), u, v, tile=[64, 64, 4, 3, 0, 64, 128]),)
+
+
 def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -68,6 +80,11 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     return {
         "attention": attention(40, TileConfig(64, 64, 4, 3)),
         "described_attention": attention(64, TileConfig(64, 64, 4, 3, is_described=True)),
+        "whole": (
+            Whole(),
+            [empty(6, 77, 48), empty(40, 48), empty(256, 40), empty(64, 256), empty(48, 64)],
+        ),
+        "chain": (Chain(), [empty(6, 77, 48), empty(40, 48), empty(128, 40)]),
         "feed_forward": (FeedForward(), [empty(6, 77, 64), empty(256, 64), empty(64, 256)]),
     }
 

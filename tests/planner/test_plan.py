@@ -6,6 +6,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from flashsvd_compile.kernels.chain_tiles import ChainTile
 
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
@@ -13,10 +14,12 @@ from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import Device, device_for
-from flashsvd_compile.planner.plan import plan_site
+from flashsvd_compile.planner.plan import drop_taken, plan_site
 from flashsvd_compile.reason import Code
 
-HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6)
+HOPPER = Device(
+    "h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6, multiprocessors=132
+)
 CPU = device_for(torch.device("cpu"))
 
 
@@ -53,6 +56,27 @@ def feed_forward(p, up, down):
 def feed_forward_inputs(rank, rows=8192, width=3072, dtype=torch.bfloat16):
     shapes = (rows, rank), (rank, width), (width, rank)
     return tuple(torch.randn(*shape, dtype=dtype) for shape in shapes)
+
+
+def whole_feed_forward(x, u1, v1, u2, v2):
+    return F.gelu(x @ u1 @ v1) @ u2 @ v2
+
+
+def whole_feed_forward_inputs(rank, rows=8192, hidden=768, width=3072):
+    shapes = (rows, hidden), (hidden, rank), (rank, width), (width, rank), (rank, hidden)
+    return tuple(torch.randn(*shape, dtype=torch.bfloat16) for shape in shapes)
+
+
+def chain(x, u, v):
+    return x @ u @ v
+
+
+def chain_plan(rows, rank, width=768, options=None, device=HOPPER):
+    shapes = (rows, width), (width, rank), (rank, width)
+    inputs = [torch.randn(*shape, dtype=torch.bfloat16) for shape in shapes]
+    sites, hints = sites_of(chain, *inputs)
+    (site,) = sites
+    return plan_site(site, device, Options.parse(options), hints)
 
 
 def plan_of(fn, inputs, device=HOPPER, options=None):
@@ -156,3 +180,59 @@ def test_bytes_stay_formulas_of_dynamic_sizes():
     (tokens,) = plan.unfused_bytes.free_symbols
     assert plan.unfused_bytes == tokens * 3072 * 4 * 2
     assert sympy.simplify(plan.transient_bytes.subs(tokens, 1)) == 3072 * 4
+
+
+# ---- outer factors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["48KiB", "64KiB", "99KiB", "164KiB", "227KiB"])
+@pytest.mark.parametrize("rank", [16, 64, 96, 240])
+def test_a_feed_forward_is_streamed_whole_where_a_tile_fits(rank, budget):
+    options = {"feed_forward": "streamed_whole", "sram_budget": budget}
+    plan = plan_of(whole_feed_forward, whole_feed_forward_inputs(rank), options=options)
+    assert (plan.lowering, plan.reason.code) == ("streamed_whole", Code.FORCED)
+    assert 0 < plan.sram_bytes <= int(budget.removesuffix("KiB")) * 1024
+    assert plan.transient_bytes == 0
+    assert plan.node is plan.site.outer.exit.node
+    assert plan.site.region < plan.region
+
+
+def test_streamed_whole_is_refused_with_the_reason():
+    options = {"feed_forward": "streamed_whole"}
+    inputs = whole_feed_forward_inputs(64)
+    assert plan_of(whole_feed_forward, inputs, CPU, options).reason.code is Code.UNSUPPORTED_DEVICE
+    large = plan_of(whole_feed_forward, whole_feed_forward_inputs(300), options=options)
+    assert (large.lowering, large.reason.code) == ("unfused", Code.SRAM)
+    latent_in = plan_of(feed_forward, feed_forward_inputs(64), options=options)
+    assert (latent_in.lowering, latent_in.reason.code) == ("unfused", Code.NO_LOW_RANK_OPERAND)
+
+
+def test_the_chain_of_a_feed_forward_streamed_whole_is_no_site_any_more():
+    sites, hints = sites_of(whole_feed_forward, *whole_feed_forward_inputs(64))
+    assert [site.kind for site in sites] == ["feed_forward", "chain"]
+    for name, kinds in (
+        ("streamed_whole", ["feed_forward"]),
+        ("streamed", ["feed_forward", "chain"]),
+    ):
+        options = Options.parse({"feed_forward": name})
+        plans = drop_taken([plan_site(site, HOPPER, options, hints) for site in sites])
+        assert [plan.site.kind for plan in plans] == kinds
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs"), [(1, 12), (16, 12), (128, 24), (1024, 96), (4096, 128), (65536, 1024)]
+)
+def test_few_rows_share_out_the_columns_of_a_chain(rows, programs):
+    plan = chain_plan(rows, 64, options={"chain": "streamed"})
+    assert (plan.lowering, plan.reason.code) == ("streamed", Code.FORCED)
+    tile = ChainTile(*plan.tile)
+    assert -(-rows // tile.block_m) * -(-768 // tile.columns) == programs
+
+
+def test_a_chain_is_left_alone_unless_asked_for():
+    assert chain_plan(16, 64).lowering == "unfused"
+    assert chain_plan(16, 64, options={"chain": "unfused"}).reason.code is Code.FORCED
+    on_cpu = chain_plan(16, 64, options={"chain": "streamed"}, device=CPU)
+    assert (on_cpu.lowering, on_cpu.reason.code) == ("unfused", Code.UNSUPPORTED_DEVICE)
+    large = chain_plan(16, 1024, 4096, options={"chain": "streamed"})
+    assert (large.lowering, large.reason.code) == ("unfused", Code.SRAM)

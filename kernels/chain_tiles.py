@@ -1,0 +1,109 @@
+"""Which tiles a streamed chain may have, and what they cost on chip. Imports no Triton.
+
+A program makes the latent of BLOCK_M rows and lifts it to some of the output columns. Many rows
+make programs enough, each of all columns. Few rows do not: there the columns are shared out among
+as many programs as the device has multiprocessors, and each makes the latent anew. That costs
+K · rank elements of U once more a program, from the second-level cache, and saves a launch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flashsvd_compile.kernels.feed_forward_tiles import (
+    MAX_RESIDENT_RANK,
+    SRAM_SLACK_BYTES,
+    rank_padded,
+)
+from flashsvd_compile.kernels.tiles import TileConfig
+
+
+@dataclass(frozen=True)
+class ChainTile(TileConfig):
+    """``block_n`` output columns and ``block_k`` columns of x per step; ``columns`` of y are one
+    program's, a multiple of ``block_n``."""
+
+    block_k: int = 64
+    columns: int = 64
+
+
+# A latent is never in memory, so none is too long for a tile.
+MAX_RANK = MAX_RESIDENT_RANK
+
+# As of the streamed feed-forward, whose accumulators are as many.
+MAX_REGISTERS_16_BIT = 192
+MAX_REGISTERS_32_BIT = 72
+
+# The largest rank at which a streamed chain is chosen without being asked for. Not measured yet: 0
+# leaves every chain to library matmuls (`python -m bench.chain`).
+STREAMED_FASTEST_UP_TO_RANK = 0
+
+# By the number of rows, large to small: the first that fits is taken. Not measured yet
+# (`python -m bench.outer_tiles chain`).
+_FEW_ROWS = (
+    ChainTile(16, 64, 4, 4, block_k=128),
+    ChainTile(16, 64, 4, 3, block_k=64),
+    ChainTile(16, 32, 4, 2, block_k=64),
+    ChainTile(16, 16, 4, 2, block_k=32),
+    ChainTile(16, 16, 4, 1, block_k=16),
+)
+_MANY_ROWS = (
+    ChainTile(64, 64, 4, 3, block_k=64),
+    ChainTile(64, 64, 4, 2, block_k=64),
+    ChainTile(64, 32, 4, 2, block_k=32),
+    ChainTile(32, 32, 4, 2, block_k=32),
+)
+FEW_ROWS = 64
+
+
+def sram_bytes_of(tile: ChainTile, *, rank: int, element_bytes: int) -> int:
+    """Shared memory of one program: at least what the compiled kernel asks for.
+
+    The two loops follow one another and share it; each keeps its tiles ``num_stages`` times.
+    """
+    m, stages, padded = tile.block_m, tile.num_stages, rank_padded(rank)
+    prologue = stages * tile.block_k * (m + padded)
+    epilogue = stages * tile.block_n * padded + m * (tile.block_n + padded)
+    return max(prologue, epilogue) * element_bytes + SRAM_SLACK_BYTES
+
+
+def registers_of(tile: ChainTile, *, rank: int, element_bytes: int) -> int:
+    """32-bit registers of one thread that hold tiles, in the loop that holds most."""
+    padded = rank_padded(rank)
+    widest = max(padded, padded * element_bytes / 4 + tile.block_n)
+    return int(tile.block_m * widest) // (32 * tile.num_warps)
+
+
+def default_tile(
+    *,
+    rows: int,
+    rank: int,
+    out_size: int,
+    element_bytes: int,
+    sram_bytes: int,
+    multiprocessors: int,
+) -> ChainTile | None:
+    """The preferred tile that fits, its columns shared out for ``rows``; or None."""
+    if rank > MAX_RANK:
+        return None
+    for tile in _preferred(rows):
+        limit = MAX_REGISTERS_16_BIT if element_bytes == 2 else MAX_REGISTERS_32_BIT
+        registers = registers_of(tile, rank=rank, element_bytes=element_bytes)
+        sram = sram_bytes_of(tile, rank=rank, element_bytes=element_bytes)
+        oversized = tile.block_n > rank_padded(out_size)
+        if not oversized and registers <= limit and sram <= sram_bytes:
+            return shared_out(tile, rows, out_size, multiprocessors)
+    return None
+
+
+def shared_out(tile: ChainTile, rows: int, out_size: int, multiprocessors: int) -> ChainTile:
+    """``tile`` with as few columns a program as keep all programs to one for a multiprocessor."""
+    row_tiles = max(1, -(-rows // tile.block_m))
+    steps = -(-out_size // tile.block_n)
+    column_programs = max(1, min(steps, multiprocessors // row_tiles))
+    return replace(tile, columns=tile.block_n * -(-steps // column_programs))
+
+
+def _preferred(rows: int) -> Iterator[ChainTile]:
+    if rows > FEW_ROWS:
+        yield from _MANY_ROWS
+    yield from _FEW_ROWS
