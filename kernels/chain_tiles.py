@@ -33,26 +33,35 @@ MAX_RANK = MAX_RESIDENT_RANK
 MAX_REGISTERS_16_BIT = 192
 MAX_REGISTERS_32_BIT = 72
 
-# The largest rank at which a streamed chain is chosen without being asked for. Not measured yet: 0
-# leaves every chain to library matmuls (`python -m bench.chain`).
-STREAMED_FASTEST_UP_TO_RANK = 0
+# The largest rank and widths at which a streamed chain was faster than two library matmuls,
+# whatever the rows. H100 80GB HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, `python -m
+# bench.chain`, 1 to 65536 rows: 768 → 64 → 768 takes 0.72 to 0.91 of Inductor's time; 768 → 240 →
+# 768 0.85 to 1.08, 4096 → 64 → 4096 0.96 to 1.55, 4096 → 256 → 4096 1.1 to 2.6.
+STREAMED_FASTEST_UP_TO_RANK = 64
+STREAMED_FASTEST_UP_TO_WIDTH = 768
 
-# By the number of rows, large to small: the first that fits is taken. Not measured yet
-# (`python -m bench.outer_tiles chain`).
+# By the number of rows, fastest first, then ever smaller: the first that fits is taken. H100 80GB
+# HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, `python -m bench.outer_tiles chain` (768
+# columns in and out, ranks 64 and 240; 1, 16, 256, 4096 and 65536 rows; 8 to 48 tiles each): what
+# is taken was the best or within 3% of it.
 _FEW_ROWS = (
     ChainTile(16, 64, 4, 4, block_k=128),
+    ChainTile(16, 64, 4, 4, block_k=64),
     ChainTile(16, 64, 4, 3, block_k=64),
     ChainTile(16, 32, 4, 2, block_k=64),
     ChainTile(16, 16, 4, 2, block_k=32),
     ChainTile(16, 16, 4, 1, block_k=16),
 )
-_MANY_ROWS = (
+_MORE_ROWS = (
+    ChainTile(64, 64, 4, 4, block_k=64),
     ChainTile(64, 64, 4, 3, block_k=64),
     ChainTile(64, 64, 4, 2, block_k=64),
     ChainTile(64, 32, 4, 2, block_k=32),
     ChainTile(32, 32, 4, 2, block_k=32),
 )
+_MANY_ROWS = (ChainTile(128, 64, 8, 4, block_k=64),)
 FEW_ROWS = 64
+MANY_ROWS = 16384
 
 
 def sram_bytes_of(tile: ChainTile, *, rank: int, element_bytes: int) -> int:
@@ -104,6 +113,8 @@ def shared_out(tile: ChainTile, rows: int, out_size: int, multiprocessors: int) 
 
 
 def _preferred(rows: int) -> Iterator[ChainTile]:
-    if rows > FEW_ROWS:
+    if rows >= MANY_ROWS:
         yield from _MANY_ROWS
+    if rows > FEW_ROWS:
+        yield from _MORE_ROWS
     yield from _FEW_ROWS

@@ -68,6 +68,13 @@ TILES_32_BIT = (
 STREAMED_FASTEST_UP_TO_RANK = 256
 STREAMED_FASTEST_UP_TO_RANK_GATED = 128
 
+# Programs, of those that the multiprocessors could run one each, from which on that holds. A
+# program walks the whole intermediate axis, so fewer rows take as long as one for each. Same H100
+# and versions, 768 → rank → 3072 → rank → 768 (GELU), 256, 4096 and 65536 rows: rank 64 takes
+# 0.044, 0.049 and 0.259 ms, under Inductor 0.025, 0.058 and 0.702; rank 240 0.117, 0.125 and 0.555,
+# under Inductor 0.027, 0.075 and 0.787. Where both lines cross is at 0.6 to 0.8.
+STREAMED_FASTEST_FROM_PROGRAMS = 0.75
+
 
 def rank_padded(rank: int) -> int:
     """The power of two that a tile runs ``rank`` at."""

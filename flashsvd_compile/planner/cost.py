@@ -19,14 +19,29 @@ from flashsvd_compile.kernels.feed_forward_blocks import (
     ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED,
 )
 from flashsvd_compile.kernels.feed_forward_tiles import (
+    STREAMED_FASTEST_FROM_PROGRAMS,
     STREAMED_FASTEST_UP_TO_RANK,
     STREAMED_FASTEST_UP_TO_RANK_GATED,
 )
-from flashsvd_compile.kernels.feed_forward_whole_tiles import WHOLE_FASTEST_UP_TO_RANK
+from flashsvd_compile.kernels.feed_forward_whole_tiles import (
+    WHOLE_FASTEST_UP_TO_RANK,
+    WHOLE_FASTEST_UP_TO_RANK_GATED,
+)
 from flashsvd_compile.planner.device import Device
 
 # The size that an unbounded symbol is judged at when no example size is known.
 UNKNOWN_SIZE = 4096
+
+FASTEST_UP_TO_RANK = {
+    "streamed_whole": WHOLE_FASTEST_UP_TO_RANK,
+    "streamed": STREAMED_FASTEST_UP_TO_RANK,
+    "row_blocks": ROW_BLOCKS_FASTEST_UP_TO_RANK,
+}
+FASTEST_UP_TO_RANK_GATED = {
+    "streamed_whole": WHOLE_FASTEST_UP_TO_RANK_GATED,
+    "streamed": STREAMED_FASTEST_UP_TO_RANK_GATED,
+    "row_blocks": ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED,
+}
 
 
 @dataclass(frozen=True)
@@ -75,30 +90,34 @@ def cheapest_feed_forward(
     site: FeedForwardSite,
     device: Device,
     hints: Mapping[Size, int],
-    names: Sequence[str],
+    tiles: Mapping[str, Sequence[int]],
     block_rows: int,
-    at_once: bool,
 ) -> str:
-    """The fastest of ``names``, as measured.
+    """The fastest of the lowerings that ``tiles`` names, as measured.
 
-    On a CPU row blocks are never slower by more than noise as soon as there are two, and save
-    memory. On a GPU ranks up to a limit are streamed; beyond, row blocks save memory, and time too
-    where one kernel lifts and activates (``at_once``).
+    ``tiles``: what the kernel of each runs, rows first; empty where it has none. On a CPU row
+    blocks are never slower by more than noise as soon as there are two, and save memory. On a GPU
+    ranks up to a limit are streamed where rows give the multiprocessors enough to do, whole up to
+    another; and row blocks save time, not bytes alone, where one kernel lifts and activates.
     """
     tokens = at(volume(site.tokens), hints)
     if device.type != "cuda":
         return "row_blocks" if tokens >= CPU_FASTEST_FROM_BLOCKS * block_rows else "unfused"
-    ranks = [site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0]
-    fastest_up_to = STREAMED_FASTEST_UP_TO_RANK_GATED if site.gate else STREAMED_FASTEST_UP_TO_RANK
-    is_short = site.dtype.itemsize == 2
-    if "streamed_whole" in names and is_short and max(ranks) <= WHOLE_FASTEST_UP_TO_RANK:
-        return "streamed_whole"
-    if "streamed" in names and is_short and max(ranks) <= fastest_up_to:
-        return "streamed"
-    blocks_up_to = (
-        ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED if site.gate else ROW_BLOCKS_FASTEST_UP_TO_RANK
-    )
-    if at_once and max(ranks) <= blocks_up_to and tokens >= ROW_BLOCKS_FASTEST_FROM_ROWS:
+    if site.dtype.itemsize != 2:
+        return "unfused"
+    rank = max(site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0)
+    limits = FASTEST_UP_TO_RANK_GATED if site.gate else FASTEST_UP_TO_RANK
+    for name in ("streamed_whole", "streamed"):
+        if name in tiles and rank <= limits[name]:
+            programs = tokens / tiles[name][0]
+            if programs >= STREAMED_FASTEST_FROM_PROGRAMS * device.multiprocessors:
+                return name
+    is_lifted_at_once = bool(tiles["row_blocks"])
+    if (
+        is_lifted_at_once
+        and rank <= limits["row_blocks"]
+        and tokens >= ROW_BLOCKS_FASTEST_FROM_ROWS
+    ):
         return "row_blocks"
     return "unfused"
 

@@ -190,9 +190,8 @@ def _plan_feed_forward(
         if isinstance(found, Plan):
             legal[name] = found
     if (forced := options.feed_forward) == "auto":
-        fastest = cost.cheapest_feed_forward(
-            site, device, hints, list(legal), row_blocks.block_rows, bool(row_blocks.tile)
-        )
+        tiles = {name: plan.tile for name, plan in legal.items()}
+        fastest = cost.cheapest_feed_forward(site, device, hints, tiles, row_blocks.block_rows)
         plan = legal[fastest]
         reason = plan.reason
     elif forced in legal:
@@ -282,7 +281,11 @@ def _plan_chain(
         if isinstance(streamed, Reason):
             return replace(unfused, reason=streamed)
         return replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
-    is_measured = site.rank <= chain_tiles.STREAMED_FASTEST_UP_TO_RANK
+    widest = max(site.in_width, site.out_width)
+    is_measured = (
+        site.rank <= chain_tiles.STREAMED_FASTEST_UP_TO_RANK
+        and widest <= chain_tiles.STREAMED_FASTEST_UP_TO_WIDTH
+    )
     if isinstance(streamed, Plan) and is_measured and site.dtype.itemsize == 2:
         return streamed
     return unfused

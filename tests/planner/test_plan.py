@@ -149,6 +149,25 @@ def test_large_ranks_leave_the_feed_forward_to_library_matmuls():
     assert plan_of(feed_forward, feed_forward_inputs(1024)).lowering == "unfused"
 
 
+@pytest.mark.parametrize(
+    ("rank", "rows", "lowering"),
+    [
+        (64, 256, "unfused"),
+        (64, 4096, "unfused"),
+        (64, 8192, "streamed"),
+        (240, 8192, "unfused"),
+        (240, 16384, "streamed"),
+    ],
+)
+def test_streaming_waits_for_rows_that_fill_the_multiprocessors(rank, rows, lowering):
+    inputs = feed_forward_inputs(rank, rows=rows)
+    assert plan_of(feed_forward, inputs).lowering == lowering
+    fewer = replace(HOPPER, multiprocessors=16)
+    assert plan_of(feed_forward, inputs, fewer).lowering == (
+        "unfused" if rows == 256 else "streamed"
+    )
+
+
 def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
     hopper = replace(HOPPER, has_warpgroups=True)
 
@@ -220,7 +239,7 @@ def test_the_chain_of_a_feed_forward_streamed_whole_is_no_site_any_more():
 
 
 @pytest.mark.parametrize(
-    ("rows", "programs"), [(1, 12), (16, 12), (128, 24), (1024, 96), (4096, 128), (65536, 1024)]
+    ("rows", "programs"), [(1, 12), (16, 12), (128, 24), (1024, 96), (4096, 128), (65536, 512)]
 )
 def test_few_rows_share_out_the_columns_of_a_chain(rows, programs):
     plan = chain_plan(rows, 64, options={"chain": "streamed"})
@@ -229,8 +248,14 @@ def test_few_rows_share_out_the_columns_of_a_chain(rows, programs):
     assert -(-rows // tile.block_m) * -(-768 // tile.columns) == programs
 
 
-def test_a_chain_is_left_alone_unless_asked_for():
-    assert chain_plan(16, 64).lowering == "unfused"
+def test_a_chain_is_streamed_where_that_was_measured_to_be_faster():
+    assert chain_plan(1, 64).lowering == "streamed"
+    assert chain_plan(65536, 40).lowering == "streamed"
+    assert chain_plan(16, 240).lowering == "unfused"
+    assert chain_plan(16, 64, 4096).lowering == "unfused"
+
+
+def test_a_chain_is_left_alone_where_it_cannot_or_shall_not_be_streamed():
     assert chain_plan(16, 64, options={"chain": "unfused"}).reason.code is Code.FORCED
     on_cpu = chain_plan(16, 64, options={"chain": "streamed"}, device=CPU)
     assert (on_cpu.lowering, on_cpu.reason.code) == ("unfused", Code.UNSUPPORTED_DEVICE)
