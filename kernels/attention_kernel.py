@@ -42,13 +42,11 @@ import triton
 import triton.language as tl
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
-    load_bias,
-    load_tile,
     row_maximum,
     seen_keys,
     stream_keys,
 )
-from flashsvd_compile.kernels.primitives import dot
+from flashsvd_compile.kernels.primitives import dot, load_bias, load_tile
 
 # What the sum of a row's exponentials may be when their reference is not the row's own maximum;
 # outside, it is computed again with the maximum. 2**±32 leaves float32 and bfloat16 far from their
