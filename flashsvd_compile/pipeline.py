@@ -11,7 +11,13 @@ from torch import fx
 
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
-from flashsvd_compile.analysis.site_records import AttentionSite, FeedForwardSite, Skip
+from flashsvd_compile.analysis.siblings import find_siblings
+from flashsvd_compile.analysis.site_records import (
+    AttentionSite,
+    FeedForwardSite,
+    SiblingsSite,
+    Skip,
+)
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.lowering.attention import lower_attention
@@ -19,12 +25,14 @@ from flashsvd_compile.lowering.builder import Builder
 from flashsvd_compile.lowering.einsum import split_einsums
 from flashsvd_compile.lowering.feed_forward import lower_row_blocks, lower_streamed
 from flashsvd_compile.lowering.in_place import free_in_place
+from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
 from flashsvd_compile.planner.plan import Plan, plan_site
+from flashsvd_compile.planner.siblings import plan_siblings
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,20 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     clock.lap("plan")
 
     replaced = dict(_lower(plan, facts) for plan in plans if plan.lowering != "unfused")
+    _erase_dead(module.graph)
+    # Latents that no site computes itself stand alone in the graph now.
+    siblings, missed = find_siblings(facts, module.graph)
+    merges = [plan_siblings(s, device_for(s.device), options, hints) for s in siblings]
+    for plan in merges:
+        if plan.lowering == "merged":
+            replaced |= _merge(plan)
     settle_strides(module.graph, replaced, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
     module.recompile()
     clock.lap("rewrite")
-    return Rewritten(module, before, _code(module), plans, tuple(skips), clock.laps)
+    told = (*plans, *merges), (*skips, *missed)
+    return Rewritten(module, before, _code(module), *told, clock.laps)
 
 
 def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
@@ -83,6 +99,18 @@ def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
     site.node.replace_all_uses_with(result)
     site.node.graph.erase_node(site.node)
     return result, old
+
+
+def _merge(plan: Plan) -> dict[fx.Node, Any]:
+    """Put one launch in the place of siblings; returns their new nodes with the old values."""
+    pin_floats(plan.site.region)
+    assert isinstance(plan.site, SiblingsSite)
+    replaced = {}
+    for member, result in zip(plan.site.members, lower_siblings(plan.site, plan.tile), strict=True):
+        replaced[result] = value(member.node)
+        member.node.replace_all_uses_with(result)
+        member.node.graph.erase_node(member.node)
+    return replaced
 
 
 def _erase_dead(graph: fx.Graph) -> None:

@@ -44,7 +44,7 @@ class SiblingOperands:
                 shape = f"[.., {self.in_features}]"
                 raise ValueError(f"weight {index} must be {shape}, is {list(weight.shape)}")
             if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-                shape = [weight.shape[0]]
+                shape = f"[{weight.shape[0]}]"
                 raise ValueError(f"bias {index} must be {shape}, is {list(bias.shape)}")
             for name, operand in (("weight", weight), ("bias", bias)):
                 if operand is not None and (operand.dtype, operand.device) != self._kind:

@@ -80,10 +80,16 @@ def default_tile(
     *, rows: int, widths: Sequence[int], element_bytes: int, sram_bytes: int
 ) -> MatmulTile | None:
     """The largest tile that fits the shared memory and fills the device; None if none fits."""
-    if element_bytes == 4:
-        tiles = TILES_32_BIT
-    else:
-        tiles = TILES_FEW_ROWS if rows <= FEW_ROWS else TILES
-    fitting = [tile for tile in tiles if sram_bytes_of(tile, element_bytes) <= sram_bytes]
+    fitting = [
+        tile
+        for tile in _preferred(rows, element_bytes)
+        if sram_bytes_of(tile, element_bytes) <= sram_bytes
+    ]
     filling = [t for t in fitting if programs_of(t, rows, widths) >= FILLING_PROGRAMS]
     return next(iter(filling or fitting[-1:]), None)
+
+
+def _preferred(rows: int, element_bytes: int) -> tuple[MatmulTile, ...]:
+    if element_bytes == 4:
+        return TILES_32_BIT
+    return TILES_FEW_ROWS if rows <= FEW_ROWS else TILES

@@ -16,6 +16,8 @@ from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
+from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
+from flashsvd_compile.kernels.siblings_tiles import MatmulTile
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -50,10 +52,16 @@ _LIBRARY.define(
 _LIBRARY.define(
     "row_blocks_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int block_rows")
 )
+# ``biased`` names the siblings that have a bias: autograd follows no list that holds Nones.
+_LIBRARY.define(
+    "sibling_linears(Tensor x, Tensor[] weights, Tensor[] biases, *, int[] biased, int[] tile) "
+    "-> Tensor[]"
+)
 
 rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
 streamed_feed_forward = torch.ops.flashsvd.streamed_feed_forward.default
 row_blocks_feed_forward_op = torch.ops.flashsvd.row_blocks_feed_forward.default
+sibling_linears = torch.ops.flashsvd.sibling_linears.default
 
 
 # ---- who runs them ------------------------------------------------------------------------------
@@ -85,6 +93,18 @@ def _row_blocks(*tensors: Tensor | None, block_rows: int, **numbers: Any) -> Ten
     return row_blocks_feed_forward(of, block_rows=block_rows)
 
 
+def _siblings_on_library(*tensors: Any, biased: Sequence[int], tile: Sequence[int]) -> list[Tensor]:
+    del tile
+    return separate_linears(SiblingOperands.of(*tensors, biased))
+
+
+def _siblings_on_triton(*tensors: Any, biased: Sequence[int], tile: Sequence[int]) -> list[Tensor]:
+    from flashsvd_compile.kernels.siblings import sibling_linears as launch
+
+    of = SiblingOperands.of(*tensors, biased)
+    return launch(of, tile=MatmulTile(*tile) if tile else None)
+
+
 def _attention_operands(
     tensors: Sequence[Tensor | None], numbers: dict[str, Any]
 ) -> AttentionOperands:
@@ -106,9 +126,10 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
 
 _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
+_LIBRARY.impl("sibling_linears", _siblings_on_library, "CompositeExplicitAutograd")
 
 
-def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
+def _on_triton(name: str, launch: Callable[..., Any]) -> None:
     """Run ``flashsvd::name`` by ``launch`` on CUDA, and show the compiler its kernel there.
 
     A launch that Inductor writes itself costs 40 µs of host time in a BERT encoder, through the
@@ -130,6 +151,7 @@ def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
 
 _on_triton("rank_space_attention", _attention_on_triton)
 _on_triton("streamed_feed_forward", _streamed_on_triton)
+_on_triton("sibling_linears", _siblings_on_triton)
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -152,6 +174,13 @@ def _feed_forward_shape(
 
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     torch.library.register_fake(f"flashsvd::{_name}", _feed_forward_shape, lib=_LIBRARY)
+
+
+@torch.library.register_fake("flashsvd::sibling_linears", lib=_LIBRARY)
+def _siblings_shape(
+    x: Tensor, weights: Sequence[Tensor], _biases: Sequence[Tensor], **_: Any
+) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -194,3 +223,33 @@ _differentiable(
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))
+
+
+def _keep_siblings(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    x, weights, _ = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.biased = keyword_only_inputs["biased"]
+
+
+def _siblings_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Σ G_i U_i for x, G_iᵀ x for each weight, Σ G_i over rows for each bias."""
+    x, *weights = ctx.saved_tensors
+    x_wanted, weights_wanted, biases_wanted = ctx.needs_input_grad
+    grad_x = None
+    if x_wanted:
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = torch.addmm(grad_x, grad, weight)
+    of_weights = [
+        grad.t() @ x if wanted else None for grad, wanted in zip(grads, weights_wanted, strict=True)
+    ]
+    of_biases = [
+        grads[index].sum(0) if wanted else None
+        for index, wanted in zip(ctx.biased, biases_wanted, strict=True)
+    ]
+    return grad_x, of_weights, of_biases
+
+
+torch.library.register_autograd(
+    "flashsvd::sibling_linears", _siblings_backward, setup_context=_keep_siblings, lib=_LIBRARY
+)
