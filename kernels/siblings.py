@@ -103,13 +103,29 @@ def sibling_linears_kernel(
         index += (tile_n >= T5).to(tl.int32) + (tile_n >= T6).to(tl.int32)
         index += (tile_n >= T7).to(tl.int32)
     u = _pick(index, COUNT, u0, u1, u2, u3, u4, u5, u6, u7)
-    out = _pick(index, COUNT, out0, out1, out2, out3, out4, out5, out6, out7)
     width = _pick(index, COUNT, R0, R1, R2, R3, R4, R5, R6, R7)
     first_tile = _pick(index, COUNT, T0, T1, T2, T3, T4, T5, T6, T7)
     stride_r = _pick(index, COUNT, STRIDE_R0, STRIDE_R1, STRIDE_R2, STRIDE_R3, STRIDE_R4,
                      STRIDE_R5, STRIDE_R6, STRIDE_R7)  # fmt: skip
     stride_k = _pick(index, COUNT, STRIDE_K0, STRIDE_K1, STRIDE_K2, STRIDE_K3, STRIDE_K4,
                      STRIDE_K5, STRIDE_K6, STRIDE_K7)  # fmt: skip
+
+    # Not by _pick: across a call a compiler takes all outputs to be written, absent ones too.
+    out = out0
+    if COUNT > 1:
+        out = tl.where(index == 1, out1, out)
+    if COUNT > 2:
+        out = tl.where(index == 2, out2, out)
+    if COUNT > 3:
+        out = tl.where(index == 3, out3, out)
+    if COUNT > 4:
+        out = tl.where(index == 4, out4, out)
+    if COUNT > 5:
+        out = tl.where(index == 5, out5, out)
+    if COUNT > 6:
+        out = tl.where(index == 6, out6, out)
+    if COUNT > 7:
+        out = tl.where(index == 7, out7, out)
 
     # 64 bits before the product with a stride: a tensor may hold more than 2³¹ elements.
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

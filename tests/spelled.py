@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Kinds of sites that are told beside those of attention and feed-forwards.
+LONE_PRODUCTS = ("chain", "siblings")
+
 OPTIONS = {"compiler": "eager", "attention": "rank_space", "feed_forward": "row_blocks"}
 
 BATCH, QUERIES, KEYS, HIDDEN, HEADS, HEAD_DIM, RANK = 2, 5, 7, 30, 3, 8, 4
@@ -68,8 +71,8 @@ def check(
 ) -> list[dict[str, Any]]:
     """Compile ``model`` once and run every call of it; its results must be as good as eager's.
 
-    ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains,
-    which stay as they are, are left out. ``ranks``: of the first attention. ``graphs``: how many
+    ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains
+    and siblings, which stay as they are, are left out. ``ranks``: of the first attention. ``graphs``: how many
     graphs may be compiled. Returns the sites of all graphs as the backend dumps them into the
     empty directory ``into``.
     """
@@ -84,7 +87,7 @@ def check(
     assert len(dumps) == graphs, f"{len(dumps)} graphs were compiled"
     sites = [site for dump in dumps for site in json.loads(dump.read_text())["sites"]]
     __tracebackhide__ = True
-    sites = [site for site in sites if site["kind"] != "chain"]
+    sites = [site for site in sites if site["kind"] not in LONE_PRODUCTS]
     told = [f"{site['kind']} {site['lowering'] or 'skipped'}" for site in sites]
     reasons = "\n".join(f"{t}: {s['reason']}" for t, s in zip(told, sites, strict=True))
     if found is not None:

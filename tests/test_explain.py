@@ -11,7 +11,7 @@ from torch import nn
 from flashsvd_compile import Explanation, explain
 from flashsvd_compile.options import Options, OptionsError
 from flashsvd_compile.report import SiteReport
-from tests.spelled import OPTIONS, Attention, hidden_states, low_rank
+from tests.spelled import LONE_PRODUCTS, OPTIONS, Attention, hidden_states, low_rank
 
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
@@ -46,7 +46,8 @@ def _fresh():
 
 
 def fused(explanation: Explanation) -> list[tuple[str, str, str | None]]:
-    return [(s.kind, s.where, s.lowering) for s in explanation.sites if s.kind != "chain"]
+    sites = [s for s in explanation.sites if s.kind not in LONE_PRODUCTS]
+    return [(s.kind, s.where, s.lowering) for s in sites]
 
 
 EXPECTED = [

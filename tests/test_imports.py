@@ -70,11 +70,11 @@ ARROWS = {
     "normalize": [],
     "options": [],
     "reason": [],
-    "analysis": ["analysis", "reason", "kernels.activations"],
+    "analysis": ["analysis", "reason", "kernels.activations", "kernels.siblings_tiles"],
     "planner": [
         "planner", "analysis", "reason", "options",
         "kernels.attention_tiles", "kernels.feed_forward_tiles", "kernels.feed_forward_blocks",
-        "kernels.tiles",
+        "kernels.siblings_tiles", "kernels.tiles",
     ],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],

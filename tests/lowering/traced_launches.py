@@ -51,6 +51,15 @@ class FeedForward(nn.Module):
         return (result,)
 
 
+class Siblings(nn.Module):
+    def forward(self, x: Tensor, one: Tensor, other: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        latent = x.flatten(0, 1)
+        first, second = ops.sibling_linears(
+            latent, [one, other.t()], [bias], biased=[1], tile=[64, 64, 4, 3, 0, 64]
+        )
+        return first, second
+
+
 def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -60,6 +69,7 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
             Attention(),
             [empty(6, 77, 480), empty(4, 64, 40), empty(6, 1, 1, 77, dtype=torch.bool)],
         ),
+        "siblings": (Siblings(), [empty(6, 77, 64), empty(40, 64), empty(64, 48), empty(48)]),
         "feed_forward": (FeedForward(), [empty(6, 77, 64), empty(256, 64), empty(64, 256)]),
     }
 
