@@ -72,9 +72,9 @@ def check(
     """Compile ``model`` once and run every call of it; its results must be as good as eager's.
 
     ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains
-    and siblings, which stay as they are, are left out. ``ranks``: of the first attention. ``graphs``: how many
-    graphs may be compiled. Returns the sites of all graphs as the backend dumps them into the
-    empty directory ``into``.
+    and siblings, which stay as they are, are left out. ``ranks``: of the first attention.
+    ``graphs``: how many graphs may be compiled. Returns the sites of all graphs as the backend
+    dumps them into the empty directory ``into``.
     """
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -9,7 +9,14 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flashsvd_compile import explain
-from tests.spelled import LONE_PRODUCTS, OPTIONS, Attention, hidden_states, low_rank, no_pass_may_fail
+from tests.spelled import (
+    LONE_PRODUCTS,
+    OPTIONS,
+    Attention,
+    hidden_states,
+    low_rank,
+    no_pass_may_fail,
+)
 
 
 class Layer(nn.Module):

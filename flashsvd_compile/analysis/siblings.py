@@ -4,9 +4,10 @@
 
 are three products of one x. A family is all products of one tensor, however its leading
 dimensions are viewed, with weights along its last dimension, that narrow it. What can run where
-the first of them stands becomes a site; what cannot is told with the reason. That needs one dtype,
-one stretch of the graph without a switch of autocast or grad mode, weights that lie alike in
-memory, and operands that are there: views of weights can move ahead, other computations stay.
+the first of them stands becomes a site; what cannot is told with the reason. That needs one
+stretch of the graph without a switch of autocast or grad mode (and so one dtype), weights that lie
+alike in memory, and operands that are there: views of weights can move ahead, other computations
+stay.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import sympy
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Size, same, shape_of, size_of
-from flashsvd_compile.analysis.calls import aten, is_tensor, packet, value
+from flashsvd_compile.analysis.calls import aliased_argument, aten, is_tensor, packet, value
 from flashsvd_compile.analysis.contraction import Contraction, read_contraction
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.layout import is_layout
@@ -56,7 +57,7 @@ def find_siblings(facts: Facts, graph: fx.Graph) -> tuple[list[SiblingsSite], li
     for node in graph.nodes:
         product = read_contraction(node) if node in facts.regions and is_tensor(node) else None
         if product is not None and (found := _candidate(facts, product)) is not None:
-            families[_root(found.sibling.x)].append(found)
+            families[_root(facts, found.sibling.x)].append(found)
     order = {node: index for index, node in enumerate(graph.nodes)}
     sites: list[SiblingsSite] = []
     misses: list[tuple[fx.Node, Reason]] = []
@@ -152,10 +153,13 @@ def _matrix_strides(sibling: Sibling) -> tuple[int, int] | None:
     return (kept[-1][1] if kept else 1), features
 
 
-def _root(x: fx.Node) -> fx.Node:
-    """The tensor of which ``x`` is the same rows, however its leading dimensions are grouped."""
-    while x.op == "call_function" and packet(x) in _VIEWS:
-        source = x.args[0]
+def _root(facts: Facts, x: fx.Node) -> fx.Node:
+    """The tensor of which ``x`` is the same rows, however its leading dimensions are grouped.
+
+    Memory that was written to in place counts as the same tensor: that it is not is told later.
+    """
+    while x.op == "call_function" and (packet(x) in _VIEWS or x in facts.mutated):
+        source = aliased_argument(x) if x in facts.mutated else x.args[0]
         if not isinstance(source, fx.Node) or not is_tensor(source) or value(source).dim() == 0:
             break
         if not same(size_of(value(source).shape[-1]), size_of(value(x).shape[-1])):
@@ -200,17 +204,12 @@ def _split(
 
 def _kind(facts: Facts, candidate: _Candidate) -> tuple[object, ...]:
     """What all members of one launch have in common."""
-    out = value(candidate.node)
-    return (facts.regions[candidate.node], out.dtype, out.device,
-            candidate.weight_is_rank_innermost)  # fmt: skip
+    return facts.regions[candidate.node], candidate.weight_is_rank_innermost
 
 
 def _difference(facts: Facts, one: _Candidate, other: _Candidate) -> Reason:
     """Why ``one`` shares no launch with ``other``."""
     node, beside = one.node, other.node
-    if value(node).dtype != value(beside).dtype:
-        dtype, required = value(node).dtype, f"{value(beside).dtype}, as {beside.name}"
-        return reason_at(node, Code.DTYPE, str(dtype), required)
     if facts.regions[node] != facts.regions[beside]:
         observed = f"autocast or grad mode switches between it and {beside.name}"
         return reason_at(node, Code.REGION_CROSSED, observed)
