@@ -34,6 +34,7 @@ test-gpu: $(ENV)
 bench: $(ENV)
 	$(PY) -m bench.attention
 	$(PY) -m bench.feed_forward
+	$(PY) -m bench.siblings
 	$(PY) -m bench.encoder
 
 $(READY): pyproject.toml

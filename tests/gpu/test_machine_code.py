@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from flashsvd_compile.kernels import attention, attention_kernel, feed_forward
+from flashsvd_compile.kernels import attention, attention_kernel, feed_forward, siblings
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
     TILES_NARROW,
@@ -26,6 +26,8 @@ from flashsvd_compile.kernels.attention_tiles import (
     TILES_WIDEST,
 )
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.siblings_operands import SiblingOperands
+from flashsvd_compile.kernels.siblings_tiles import TILES, TILES_FEW_ROWS
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -185,4 +187,16 @@ def test_feed_forward(rank, rank_gate):
     )  # fmt: skip
     launch = partial(feed_forward.streamed_feed_forward, of)
     for cubin in compiled_by(feed_forward._feed_forward_kernel, launch):
+        assert unwritten_reads(cubin) == []
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("width", [480, 1490])
+@pytest.mark.parametrize("tile", [*TILES, *TILES_FEW_ROWS], ids=str)
+def test_siblings(tile, width, is_transposed):
+    shape = (200, width) if is_transposed else (width, 200)
+    weights = tuple(normal(*shape).t() if is_transposed else normal(*shape) for _ in "abc")
+    of = SiblingOperands(normal(333, 200), weights, (normal(width), None, None))
+    launch = partial(siblings.sibling_linears, of, tile=tile)
+    for cubin in compiled_by(siblings.sibling_linears_kernel, launch):
         assert unwritten_reads(cubin) == []
