@@ -256,7 +256,7 @@ def _site(part: Sequence[_Candidate], order: dict[fx.Node, int]) -> SiblingsSite
     hoisted = {node for m in members for node in _computed_after(m, nodes[0], order)}
     return SiblingsSite(
         nodes[0],
-        common_path(nodes),
+        common_path(nodes) if all(map(module_path, nodes)) else "",
         frozenset(nodes),
         members,
         tuple(sorted(hoisted, key=lambda node: order[node])),
