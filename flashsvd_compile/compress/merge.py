@@ -89,7 +89,8 @@ def merge_(
 
     Layers whose factors cost less than their matrix stay, and so do those that share a factor or
     are more than factors and a bias, with the reason in the report. In a sequential the matrix
-    takes the second linear's place and ``nn.Identity`` the first's, so that indices stay.
+    takes the second linear's place and ``nn.Identity`` the first's, so that indices stay; exclude
+    sequentials of which other code calls the linears one by one, to read the latent.
     """
     paths = module_paths(model)
     chains = [*_own_layers(paths), *_sequential_pairs(model, paths)]
