@@ -35,6 +35,7 @@ bench: $(ENV)
 	$(PY) -m bench.attention
 	$(PY) -m bench.feed_forward
 	$(PY) -m bench.chain
+	$(PY) -m bench.siblings
 	$(PY) -m bench.encoder
 
 $(READY): pyproject.toml

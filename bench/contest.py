@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bench.measure import captured, median_ms, peak_transient_bytes
 from bench.targets import Target, print_verdicts, verdicts
@@ -16,7 +16,7 @@ AGREEMENT = 1.03  # two runs that differ by more were disturbed: neither is a fi
 
 
 def contest(
-    calls: Mapping[str, Callable[[], Tensor]],
+    calls: Mapping[str, Callable[[], Any]],
     device: str,
     *,
     dtype: torch.dtype,
@@ -28,10 +28,11 @@ def contest(
 
     Milliseconds are medians of interleaved calls, on CUDA of replayed graphs: the device is timed
     and not the host. ``work`` is the least that any low-rank contestant does. Transient bytes are
-    the peak of a call without its output.
+    the peak of a call without its outputs.
     """
     transient = {
-        name: peak_transient_bytes(call, device) - call().nbytes for name, call in calls.items()
+        name: peak_transient_bytes(call, device) - sum(x.nbytes for x in tree_leaves(call()))
+        for name, call in calls.items()
     }
     timed = calls if device == "cpu" else {name: captured(call) for name, call in calls.items()}
     first, second = (median_ms(timed, device, rounds=rounds) for _ in range(2))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashsvd_compile.compress.merge import merge_ as merge_
     from flashsvd_compile.compress.svd import compress_ as compress_
     from flashsvd_compile.explanation import Explanation as Explanation
     from flashsvd_compile.explanation import explain as explain
@@ -25,9 +26,10 @@ _PUBLIC = {
     "Options": "options",
     "compress_": "compress.svd",
     "explain": "explanation",
+    "merge_": "compress.merge",
 }
 
-__all__ = ["Explanation", "Options", "compress_", "explain"]
+__all__ = ["Explanation", "Options", "compress_", "explain", "merge_"]
 
 
 def _adopt_rooms(root: Path) -> None:

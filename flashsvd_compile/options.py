@@ -13,6 +13,7 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 ATTENTION_LOWERINGS = ("auto", "rank_space", "unfused")
 FEED_FORWARD_LOWERINGS = ("auto", "streamed", "streamed_whole", "row_blocks", "unfused")
 CHAIN_LOWERINGS = ("auto", "streamed", "unfused")
+SIBLINGS_LOWERINGS = ("auto", "merged", "unfused")
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "KB": 10**3, "MB": 10**6, "GB": 10**9}  # fmt: skip
 
@@ -28,7 +29,8 @@ class Options:
     ``compiler``: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"`` (autograd
     tracing only) or ``"eager"`` (the graph as it is; for tests and debugging).
     ``attention``, ``feed_forward``, ``chain``: ``"auto"`` lets the planner choose; a name forces
-    that lowering wherever it is legal.
+    that lowering wherever it is legal. ``siblings``: the same for down-projections that read the
+    same activations; ``"merged"`` is one launch for all of them.
     ``sram_budget``: bytes of shared memory that one block may use, as a number or ``"99KiB"``;
     the device's own limit by default.
     ``debug_dir``: a directory that gets every graph before and after, the sites as JSON and the
@@ -41,6 +43,7 @@ class Options:
     attention: str = "auto"
     feed_forward: str = "auto"
     chain: str = "auto"
+    siblings: str = "auto"
     sram_budget: int | None = None
     debug_dir: Path | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -140,6 +143,7 @@ _VALIDATE: dict[str, Any] = {
     "attention": _one_of(ATTENTION_LOWERINGS),
     "feed_forward": _one_of(FEED_FORWARD_LOWERINGS),
     "chain": _one_of(CHAIN_LOWERINGS),
+    "siblings": _one_of(SIBLINGS_LOWERINGS),
     "sram_budget": parse_bytes,
     "debug_dir": _directory,
 }

@@ -11,10 +11,12 @@ from torch import fx
 
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.analysis.siblings import find_siblings
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainSite,
     FeedForwardSite,
+    SiblingsSite,
     Skip,
 )
 from flashsvd_compile.analysis.sites import find_sites
@@ -29,12 +31,14 @@ from flashsvd_compile.lowering.feed_forward import (
     lower_streamed_whole,
 )
 from flashsvd_compile.lowering.in_place import free_in_place
+from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
 from flashsvd_compile.planner.plan import Plan, drop_taken, plan_site
+from flashsvd_compile.planner.siblings import plan_siblings
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,20 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
         if plan.lowering != "unfused":
             result, old = _lower(plan, facts, instead)
             replaced[result] = old
+    _erase_dead(module.graph)
+    # Latents that no site computes itself stand alone in the graph now.
+    siblings, missed = find_siblings(facts, module.graph)
+    merges = [plan_siblings(s, device_for(s.device), options, hints) for s in siblings]
+    for plan in merges:
+        if plan.lowering == "merged":
+            replaced |= _merge(plan)
     settle_strides(module.graph, replaced, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
     module.recompile()
     clock.lap("rewrite")
-    return Rewritten(module, before, _code(module), plans, tuple(skips), clock.laps)
+    told = (*plans, *merges), (*skips, *missed)
+    return Rewritten(module, before, _code(module), *told, clock.laps)
 
 
 def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Any]:
@@ -106,6 +118,18 @@ def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[f
     node.graph.erase_node(node)
     instead[node] = result
     return result, old
+
+
+def _merge(plan: Plan) -> dict[fx.Node, Any]:
+    """Put one launch in the place of siblings; returns their new nodes with the old values."""
+    pin_floats(plan.site.region)
+    assert isinstance(plan.site, SiblingsSite)
+    replaced = {}
+    for member, result in zip(plan.site.members, lower_siblings(plan.site, plan.tile), strict=True):
+        replaced[result] = value(member.node)
+        member.node.replace_all_uses_with(result)
+        member.node.graph.erase_node(member.node)
+    return replaced
 
 
 def _erase_dead(graph: fx.Graph) -> None:

@@ -22,6 +22,7 @@ class Code(str, Enum):
     NO_FUSED_LOWERING = "no_fused_lowering"
     NO_LOW_RANK_OPERAND = "no_low_rank_operand"
     NOT_PROFITABLE = "not_profitable"
+    NOT_YET_COMPUTED = "not_yet_computed"
     OP_NOT_CARRIED = "op_not_carried"
     PLANNED = "planned"
     RANK_TOO_LARGE = "rank_too_large"

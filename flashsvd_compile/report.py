@@ -14,6 +14,7 @@ from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainSite,
     FeedForwardSite,
+    SiblingsSite,
     Site,
 )
 from flashsvd_compile.pipeline import Rewritten
@@ -25,7 +26,8 @@ from flashsvd_compile.reason import Reason
 class SiteReport:
     """One site or near-miss.
 
-    ``kind``: ``"attention"``, ``"feed_forward"`` or ``"chain"``. ``where``: the module path.
+    ``kind``: ``"attention"``, ``"feed_forward"``, ``"chain"`` or ``"siblings"``. ``where``: the
+    module path.
     ``lowering``: its name, or None for a near-miss. ``plan``: None for a near-miss.
     """
 
@@ -46,7 +48,7 @@ class SiteReport:
 
 
 def site_reports(rewritten: Rewritten) -> tuple[SiteReport, ...]:
-    """Sites in graph order, then near-misses."""
+    """Sites in graph order, then siblings, then near-misses."""
     planned = [
         SiteReport(p.site.kind, p.site.where, p.lowering, p.reason, p) for p in rewritten.plans
     ]
@@ -86,11 +88,13 @@ def ranks(site: Site) -> dict[str, str]:
         arms = {"up": site.up} | ({"gate": site.gate} if site.gate else {})
         found = {name: str(arm.rank_size) for name, arm in arms.items()}
         return found | {"down": "·".join(str(atom.size) for atom in site.out)}
+    if isinstance(site, SiblingsSite):
+        return {f"r{index}": str(width) for index, width in enumerate(site.widths)}
     return {"r": str(site.rank)} if isinstance(site, ChainSite) else {}
 
 
 def _bytes(plan: Plan | None) -> str:
-    if plan is None or plan.lowering == "unfused":
+    if plan is None or plan.lowering == "unfused" or plan.unfused_bytes == 0:
         return ""
     return f"{plan.transient_bytes} of {plan.unfused_bytes}"
 

@@ -1,4 +1,4 @@
-"""What every Triton kernel here shares: one matmul, one way to launch."""
+"""What every Triton kernel here shares: one matmul, one way to load a tile, one to launch."""
 
 import functools
 from collections.abc import Sequence

@@ -126,11 +126,9 @@ class Builder:
         if order != list(range(len(atoms))):
             node = self.call(aten.permute.default, node, order)
         if any(a.broadcast for a in wanted):
-            node = self._reshape(
-                node, [sympy.Integer(1) if a.broadcast else a.size for a in wanted]
-            )
+            node = self.reshape(node, [sympy.Integer(1) if a.broadcast else a.size for a in wanted])
             node = self.call(aten.expand.default, node, [self.size(a.size) for a in wanted])
-        return self._reshape(node, [volume(self.space.leaves(group)) for group in groups])
+        return self.reshape(node, [volume(self.space.leaves(group)) for group in groups])
 
     def _stacked(self, tensor: Labelled) -> fx.Node:
         nodes = [self._instead.get(node, node) for node in tensor.nodes]
@@ -141,7 +139,7 @@ class Builder:
     ) -> tuple[fx.Node, list[Dim]]:
         exposed = [expose(self.space, dim, atom) for dim in dims]
         flat: list[Dim] = [(a,) for dim in exposed for a in dim]
-        node = self._reshape(node, [volume(dim) for dim in flat])
+        node = self.reshape(node, [volume(dim) for dim in flat])
         axis = flat.index((atom,))
         if kept is None:
             node = self.call(aten.select.int, node, axis, self.size(start))
@@ -153,13 +151,14 @@ class Builder:
     def _leaves(self, node: fx.Node, dims: Sequence[Dim]) -> tuple[fx.Node, list[Any]]:
         """One dimension for each finest atom; along broadcast ones the first element stands."""
         atoms = [a for dim in dims for a in self.space.leaves(dim)]
-        node = self._reshape(node, [a.size for a in atoms])
+        node = self.reshape(node, [a.size for a in atoms])
         for axis in reversed(range(len(atoms))):
             if atoms[axis].broadcast:
                 node = self.call(aten.select.int, node, axis, 0)
         return node, [a for a in atoms if not a.broadcast]
 
-    def _reshape(self, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
+    def reshape(self, node: fx.Node, shape: Sequence[Size]) -> fx.Node:
+        """``node`` in another shape: itself if it has that one, a view wherever strides allow."""
         now = shape_of(value(node))
         if len(now) == len(shape) and all(map(same, now, shape)):
             return node

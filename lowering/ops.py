@@ -21,6 +21,8 @@ from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_reference import unfused_whole_feed_forward
 from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
+from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
+from flashsvd_compile.kernels.siblings_tiles import MatmulTile
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -67,10 +69,16 @@ _LIBRARY.define(
     "streamed_whole_feed_forward" + _schema(_WHOLE_TENSORS, "str activation, int[] tile", 5)
 )
 _LIBRARY.define("streamed_chain" + _schema(_CHAIN_TENSORS, "int[] tile"))
+# ``biased`` names the siblings that have a bias: autograd follows no list that holds Nones.
+_LIBRARY.define(
+    "sibling_linears(Tensor x, Tensor[] weights, Tensor[] biases, *, int[] biased, int[] tile) "
+    "-> Tensor[]"
+)
 
 rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
 streamed_feed_forward = torch.ops.flashsvd.streamed_feed_forward.default
 row_blocks_feed_forward_op = torch.ops.flashsvd.row_blocks_feed_forward.default
+sibling_linears = torch.ops.flashsvd.sibling_linears.default
 
 streamed_whole_feed_forward = torch.ops.flashsvd.streamed_whole_feed_forward.default
 streamed_chain = torch.ops.flashsvd.streamed_chain.default
@@ -132,6 +140,18 @@ def _chain_on_library(*tensors: Tensor | None, tile: Sequence[int]) -> Tensor:
     return unfused_chain(_chain_operands(tensors, {}))
 
 
+def _siblings_on_library(*tensors: Any, biased: Sequence[int], tile: Sequence[int]) -> list[Tensor]:
+    del tile
+    return separate_linears(SiblingOperands.of(*tensors, biased))
+
+
+def _siblings_on_triton(*tensors: Any, biased: Sequence[int], tile: Sequence[int]) -> list[Tensor]:
+    from flashsvd_compile.kernels.siblings import sibling_linears as launch
+
+    of = SiblingOperands.of(*tensors, biased)
+    return launch(of, tile=MatmulTile(*tile) if tile else None)
+
+
 def _attention_operands(
     tensors: Sequence[Tensor | None], numbers: dict[str, Any]
 ) -> AttentionOperands:
@@ -165,9 +185,10 @@ _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitA
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_whole_feed_forward", _whole_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_chain", _chain_on_library, "CompositeExplicitAutograd")
+_LIBRARY.impl("sibling_linears", _siblings_on_library, "CompositeExplicitAutograd")
 
 
-def _on_triton(name: str, launch: Callable[..., Tensor]) -> None:
+def _on_triton(name: str, launch: Callable[..., Any]) -> None:
     """Run ``flashsvd::name`` by ``launch`` on CUDA, and show the compiler its kernel there.
 
     A launch that Inductor writes itself costs 40 µs of host time in a BERT encoder, through the
@@ -191,6 +212,7 @@ _on_triton("rank_space_attention", _attention_on_triton)
 _on_triton("streamed_feed_forward", _streamed_on_triton)
 _on_triton("streamed_whole_feed_forward", _whole_on_triton)
 _on_triton("streamed_chain", _chain_on_triton)
+_on_triton("sibling_linears", _siblings_on_triton)
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -225,6 +247,13 @@ def _whole_shape(
 @torch.library.register_fake("flashsvd::streamed_chain", lib=_LIBRARY)
 def _chain_shape(x: Tensor, u: Tensor, v: Tensor, *_t: Any, **_: Any) -> Tensor:
     return x.new_empty((x.shape[0], v.shape[0]))
+
+
+@torch.library.register_fake("flashsvd::sibling_linears", lib=_LIBRARY)
+def _siblings_shape(
+    x: Tensor, weights: Sequence[Tensor], _biases: Sequence[Tensor], **_: Any
+) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -271,3 +300,33 @@ _differentiable(
     "streamed_whole_feed_forward", unfused_whole_feed_forward, _whole_operands, ("activation",)
 )
 _differentiable("streamed_chain", unfused_chain, _chain_operands, ())
+
+
+def _keep_siblings(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    x, weights, _ = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.biased = keyword_only_inputs["biased"]
+
+
+def _siblings_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Σ G_i U_i for x, G_iᵀ x for each weight, Σ G_i over rows for each bias."""
+    x, *weights = ctx.saved_tensors
+    x_wanted, weights_wanted, biases_wanted = ctx.needs_input_grad
+    grad_x = None
+    if x_wanted:
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = torch.addmm(grad_x, grad, weight)
+    of_weights = [
+        grad.t() @ x if wanted else None for grad, wanted in zip(grads, weights_wanted, strict=True)
+    ]
+    of_biases = [
+        grads[index].sum(0) if wanted else None
+        for index, wanted in zip(ctx.biased, biases_wanted, strict=True)
+    ]
+    return grad_x, of_weights, of_biases
+
+
+torch.library.register_autograd(
+    "flashsvd::sibling_linears", _siblings_backward, setup_context=_keep_siblings, lib=_LIBRARY
+)

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Kinds of sites that are told beside those of attention and feed-forwards.
+LONE_PRODUCTS = ("chain", "siblings")
+
 OPTIONS = {"compiler": "eager", "attention": "rank_space", "feed_forward": "row_blocks"}
 
 BATCH, QUERIES, KEYS, HIDDEN, HEADS, HEAD_DIM, RANK = 2, 5, 7, 30, 3, 8, 4
@@ -70,7 +73,8 @@ def check(
     """Compile ``model`` once and run every call of it; its results must be as good as eager's.
 
     ``found``: the sites, each as ``"kind lowering"``, near-misses as ``"kind skipped"``; chains
-    are left out, unless ``options`` say how to run them. ``ranks``: of the first attention.
+    and siblings are left out, unless ``options`` say how to run them. ``ranks``: of the first
+    attention.
     ``graphs``: how many graphs may be compiled. Returns the sites of all graphs as the backend
     dumps them into the empty directory ``into``.
     """
@@ -85,8 +89,8 @@ def check(
     assert len(dumps) == graphs, f"{len(dumps)} graphs were compiled"
     sites = [site for dump in dumps for site in json.loads(dump.read_text())["sites"]]
     __tracebackhide__ = True
-    if options.get("chain", "auto") == "auto":
-        sites = [site for site in sites if site["kind"] != "chain"]
+    untold = [kind for kind in LONE_PRODUCTS if options.get(kind, "auto") == "auto"]
+    sites = [site for site in sites if site["kind"] not in untold]
     told = [f"{site['kind']} {site['lowering'] or 'skipped'}" for site in sites]
     reasons = "\n".join(f"{t}: {s['reason']}" for t, s in zip(told, sites, strict=True))
     if found is not None:

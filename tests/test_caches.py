@@ -135,6 +135,6 @@ def test_the_fingerprint_reads_the_files(tmp_path, monkeypatch):
         prints.append(fingerprint.fingerprint(Options()))
     fingerprint._sources.cache_clear()
     assert prints[0] == prints[2] != prints[1]
-    assert fingerprint.fingerprint(Options(attention="unfused")) != fingerprint.fingerprint(
-        Options()
-    )
+    shaping = {"attention": "unfused", "feed_forward": "unfused", "siblings": "merged"}
+    changed = [Options(**{name: value}) for name, value in shaping.items()]
+    assert len({fingerprint.fingerprint(options) for options in (Options(), *changed)}) == 4

@@ -22,7 +22,7 @@ from transformers import (
 
 from flashsvd_compile import compress_, explain
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
-from tests.spelled import OPTIONS, no_pass_may_fail
+from tests.spelled import LONE_PRODUCTS, OPTIONS, no_pass_may_fail
 
 LAYERS, HEADS = 2, 4
 _SIZES = {
@@ -151,7 +151,7 @@ def assert_as_good_as_eager(model, compiled, given):
 def fused(sites):
     """How often each kind was lowered how; nothing may be skipped."""
     assert [site["reason"] for site in sites if site["lowering"] is None] == []
-    return Counter((s["kind"], s["lowering"]) for s in sites if s["kind"] != "chain")
+    return Counter((s["kind"], s["lowering"]) for s in sites if s["kind"] not in LONE_PRODUCTS)
 
 
 EVERY_LAYER = {("attention", "rank_space"): LAYERS, ("feed_forward", "row_blocks"): LAYERS}

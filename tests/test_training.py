@@ -6,9 +6,17 @@ import pytest
 import torch
 from flashsvd_compile.lowering import ops
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flashsvd_compile import explain
-from tests.spelled import OPTIONS, Attention, hidden_states, low_rank, no_pass_may_fail
+from tests.spelled import (
+    LONE_PRODUCTS,
+    OPTIONS,
+    Attention,
+    hidden_states,
+    low_rank,
+    no_pass_may_fail,
+)
 
 
 class Layer(nn.Module):
@@ -58,7 +66,7 @@ def in_float64(model):
 
 def is_fused(model, *args):
     lowered = {s.kind: s.lowering for s in explain(model, *args, options=OPTIONS).sites
-               if s.kind != "chain"}  # fmt: skip
+               if s.kind not in LONE_PRODUCTS}  # fmt: skip
     return lowered == {"attention": "rank_space", "feed_forward": "row_blocks"}
 
 
@@ -233,6 +241,14 @@ def _chain_arguments():
     return {"plain": (required, numbers), "biases": ((*required, _drawn(R), _drawn(4)), numbers)}
 
 
+def _siblings_arguments():
+    x, weights = _drawn(7, 6), [_drawn(3, 6), _drawn(6, 4).detach().t().requires_grad_()]
+    return {
+        "plain": ((x, weights, []), {"biased": [], "tile": []}),
+        "one_bias": ((x, weights, [_drawn(4)]), {"biased": [1], "tile": []}),
+    }
+
+
 CHECKED = {
     f"{op._opname}-{name}": (op, make, name)
     for op, make in (
@@ -240,6 +256,7 @@ CHECKED = {
         (ops.row_blocks_feed_forward_op, _feed_forward_arguments),
         (ops.streamed_whole_feed_forward, _whole_arguments),
         (ops.streamed_chain, _chain_arguments),
+        (ops.sibling_linears, _siblings_arguments),
     )
     for name in make()
 }
@@ -254,12 +271,14 @@ def test_opcheck(op, make, name):
 @pytest.mark.parametrize(("op", "make", "name"), CHECKED.values(), ids=CHECKED)
 def test_gradcheck(op, make, name):
     args, kwargs = make()[name]
-    tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    leaves, spec = tree_flatten(args)
+    tensors = [a for a in leaves if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
     def of(*given):
         filled = iter(given)
-        full = [next(filled) if any(a is t for t in tensors) else a for a in args]
-        return op(*full, **kwargs)
+        full = [next(filled) if any(a is t for t in tensors) else a for a in leaves]
+        found = op(*tree_unflatten(full, spec), **kwargs)
+        return tuple(found) if isinstance(found, list) else found
 
     assert torch.autograd.gradcheck(of, tensors, fast_mode=True)
 

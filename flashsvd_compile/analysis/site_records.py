@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import ScoreMask
-from flashsvd_compile.analysis.axes import Dim, Dims, volume
+from flashsvd_compile.analysis.axes import Dim, Dims, Size, volume
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Bias, Factored, Labelled
 from flashsvd_compile.reason import Reason
@@ -210,6 +210,44 @@ class ChainSite(Site):
     in_width: int
     out_width: int
     ends: ChainEnds | Reason
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """One of several products that read the same activations: ``node`` = x · weight (+ bias).
+
+    ``x`` is [.., in_features], ``weight`` has ``width`` columns along all its dimensions but
+    ``contracted``, ``bias`` one number for each. ``order`` permutes [.., columns] of the product,
+    the leading dimensions of x and then those of the weight, into the dimensions of ``node``.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    contracted: int
+    width: int
+    in_features: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiblingsSite(Site):
+    """Down-projections of the same [rows, in_features] that may run as one launch.
+
+    ``node`` is the first of them, and ``hoisted`` the views of weights that have to move ahead of
+    it, in graph order.
+    """
+
+    kind: ClassVar[str] = "siblings"
+
+    members: tuple[Sibling, ...]
+    hoisted: tuple[fx.Node, ...]
+    rows: Size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(member.width for member in self.members)
 
 
 @dataclass(frozen=True)

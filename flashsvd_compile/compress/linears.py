@@ -12,14 +12,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Layer(Protocol):
+    """Anything that the paths to it name; the first of them stands for it."""
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+    @property
+    def path(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,13 @@ def find_linears(model: nn.Module) -> list[Linear]:
     """All linear layers of ``model``, subclasses included, in the order of its modules."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     kinds = (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
-    paths: dict[nn.Module, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths[module].append(path)
-    holders = _holders(paths)
+    paths = module_paths(model)
+    holders = holders_of(paths)
     linears = []
     for module, found in paths.items():
         if not isinstance(module, kinds):
             continue
-        obstacle = _obstacle(module, kinds) or _sharing(module, paths, holders)
+        obstacle = _obstacle(module, kinds) or sharing(module, "weight", paths, holders)
         weight = None
         if not obstacle:
             weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
@@ -62,15 +70,35 @@ def find_linears(model: nn.Module) -> list[Linear]:
     return linears
 
 
+def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all paths to it."""
+    paths: dict[nn.Module, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[module].append(path)
+    return paths
+
+
+def replace_(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Put ``module`` at each of ``paths``."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Size of all parameters in bytes, each counted once."""
+    return sum(parameter_bytes(parameter) for parameter in model.parameters())
+
+
 def parameter_bytes(parameter: Tensor) -> int:
     """Size in bytes; 0 for a parameter that a lazy module has yet to make."""
     return 0 if is_lazy(parameter) else parameter.numel() * parameter.element_size()
 
 
 def select(
-    linears: Sequence[Linear], include: Iterable[str] | None, exclude: Iterable[str] | None
+    linears: Sequence[Layer], include: Iterable[str] | None, exclude: Iterable[str] | None
 ) -> dict[str, str]:
-    """Why the user left a linear out, by path; paths not in the result were chosen."""
+    """Why the user left a layer out, by path; paths not in the result were chosen."""
     included = None if include is None else _matched("include", linears, include)
     excluded = set() if exclude is None else _matched("exclude", linears, exclude)
     left_out = {}
@@ -82,7 +110,7 @@ def select(
     return left_out
 
 
-def _matched(name: str, linears: Sequence[Linear], patterns: Iterable[str]) -> set[str]:
+def _matched(name: str, linears: Sequence[Layer], patterns: Iterable[str]) -> set[str]:
     if isinstance(patterns, str):
         raise TypeError(f"{name} must be a list of patterns, got the string {patterns!r}")
     matched: set[str] = set()
@@ -113,7 +141,7 @@ def _obstacle(module: Any, kinds: tuple[type[nn.Module], ...]) -> str:
         return "it holds more than a weight and a bias"
     if type(module.weight) is not nn.Parameter:
         return f"its weight is a {type(module.weight).__qualname__}"
-    if module.weight.dtype not in _DTYPES:
+    if module.weight.dtype not in DTYPES:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
     if module.weight.numel() == 0:
         return "its weight is empty"
@@ -131,7 +159,7 @@ def _place(parameter: Tensor) -> _Place | None:
     return parameter.device, parameter.data_ptr()
 
 
-def _holders(modules: Iterable[nn.Module]) -> dict[_Place, list[nn.Module]]:
+def holders_of(modules: Iterable[nn.Module]) -> dict[_Place, list[nn.Module]]:
     """The modules that hold each parameter themselves."""
     holders: dict[_Place, list[nn.Module]] = defaultdict(list)
     for module in modules:
@@ -141,12 +169,13 @@ def _holders(modules: Iterable[nn.Module]) -> dict[_Place, list[nn.Module]]:
     return holders
 
 
-def _sharing(
-    module: Any,
+def sharing(
+    module: nn.Module,
+    name: str,
     paths: Mapping[nn.Module, list[str]],
     holders: Mapping[_Place, list[nn.Module]],
 ) -> str:
-    """Who else holds the weight, e.g. the embedding that an output layer is tied to."""
-    place = _place(module.weight)
+    """Who else holds the parameter, e.g. the embedding that an output layer is tied to."""
+    place = _place(getattr(module, name))
     others = [] if place is None else [m for m in holders[place] if m is not module]
-    return f"its weight is shared with {paths[others[0]][0]}" if others else ""
+    return f"its {name} is shared with {paths[others[0]][0]}" if others else ""

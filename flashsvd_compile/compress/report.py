@@ -1,4 +1,4 @@
-"""What `compress_` did to each linear layer: a table to read, a dict to store."""
+"""What `compress_` and `merge_` did to each layer: a table to read, a dict to store."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -56,6 +56,55 @@ class CompressReport:
         factored = sum(row.kind != "dense" for row in self.rows)
         return (
             f"{body}\n{factored} of {len(self.rows)} linear layers factored at keep={self.keep}; "
-            f"all parameters: {self.model_bytes_before / 2**20:.1f} MiB before, "
-            f"{self.model_bytes_after / 2**20:.1f} MiB after"
+            f"{_totals(self.model_bytes_before, self.model_bytes_after)}"
         )
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One low-rank layer. Bytes are those of its factors, and of its matrix where it was merged.
+
+    ``error`` is ‖W − V U‖ / ‖V U‖ in the Frobenius norm: what rounding the matrix has cost.
+    ``reason`` says why the layer kept its factors; empty where it was merged.
+    """
+
+    path: str
+    rank: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    reason: str = ""
+
+    @property
+    def is_merged(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """All low-rank layers in the model's order, and the bytes of all parameters of the model."""
+
+    rows: tuple[MergeRow, ...]
+    model_bytes_before: int
+    model_bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        headers = ("layer", "rank", "KiB before", "KiB after", "error", "reason")
+        table = [
+            (r.path, r.rank, r.bytes_before / 2**10, r.bytes_after / 2**10, r.error, r.reason)
+            for r in self.rows
+        ]
+        body = tabulate(table, headers, floatfmt=("", "", ".1f", ".1f", ".1e", ""))
+        merged = sum(row.is_merged for row in self.rows)
+        return (
+            f"{body}\n{merged} of {len(self.rows)} low-rank layers merged; "
+            f"{_totals(self.model_bytes_before, self.model_bytes_after)}"
+        )
+
+
+def _totals(before: int, after: int) -> str:
+    return f"all parameters: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after"

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd_compile.compress.heads import HeadLayout, find_head_layouts
-from flashsvd_compile.compress.linears import Linear, find_linears, parameter_bytes, select
+from flashsvd_compile.compress.linears import (
+    Linear,
+    find_linears,
+    model_bytes,
+    parameter_bytes,
+    replace_,
+    select,
+)
 from flashsvd_compile.compress.modules import (
     FusedPerHeadLowRankLinear,
     LowRankLinear,
@@ -60,7 +67,7 @@ def compress_(
     out_features = {x.path: x.weight.shape[0] for x in linears if x.weight is not None}
     layouts = find_head_layouts(model, out_features)
 
-    bytes_before = _parameter_bytes(model)
+    bytes_before = model_bytes(model)
     rows: list[CompressRow] = []
     replacements: list[tuple[Linear, LowRank]] = []
     for linear in linears:
@@ -70,10 +77,8 @@ def compress_(
         if replacement is not None:
             replacements.append((linear, replacement))
     for linear, replacement in replacements:
-        for path in linear.paths:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, replacement)
-    return CompressReport(float(keep), tuple(rows), bytes_before, _parameter_bytes(model))
+        replace_(model, linear.paths, replacement)
+    return CompressReport(float(keep), tuple(rows), bytes_before, model_bytes(model))
 
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -162,10 +167,6 @@ def _relative_error(weight: Tensor, factors: LowRank) -> float:
 
 def _svd_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _parameter_bytes(model: nn.Module) -> int:
-    return sum(parameter_bytes(parameter) for parameter in model.parameters())
 
 
 def _validate_keep(keep: float) -> None:

@@ -328,7 +328,8 @@ def _why_chain_stays(site: ChainSite) -> Reason:
     m, n = site.in_width, site.out_width
     if site.rank * (m + n) >= m * n:
         observed = f"rank {site.rank} of a {m} × {n} matrix, whose factors cost more than it does"
-        required = f"a rank under {-(-m * n // (m + n))}"
+        least = -(-m * n // (m + n))
+        required = f"a rank under {least}, or the matrix itself: flashsvd_compile.merge_"
         return reason_at(site.node, Code.RANK_TOO_LARGE, observed, required)
     observed = "library matmuls keep the latent small"
     return reason_at(site.node, Code.NO_FUSED_LOWERING, observed)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
+from flashsvd_compile.kernels.siblings_operands import separate_linears
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import attention, feed_forward
+from bench import attention, feed_forward, siblings
 
 SHAPE = attention.Shape(2, 3, 7, 8, (4, 5, 6), dtype="float32")
 
@@ -51,3 +52,19 @@ def test_work_of_a_feed_forward(kind, gated):
     assert work.exponentials == 20 * 24
     given = (*problem.inputs, *problem.weights.values(), output)
     assert work.memory_bytes == sum(x.nbytes for x in given)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_work_of_siblings(is_transposed):
+    shape = siblings.Shape(20, 12, (3, 5), is_transposed)
+    of = siblings.operands_of(shape, "cpu", torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        outputs = separate_linears(of)
+    work = siblings.work_of(shape, torch.float32)
+    assert work.matmul_flops == counted.get_total_flops()
+    assert work.memory_bytes == sum(x.nbytes for x in (of.x, *of.weights, *outputs))
+    calls = siblings.contestants(of)
+    del calls["merged"], calls["separate Inductor"]
+    siblings.check(of, calls)
+    with pytest.raises(AssertionError, match="wrong: error"):
+        siblings.check(of, calls | {"wrong": lambda: outputs[::-1]})

@@ -22,6 +22,7 @@ from flashsvd_compile.kernels import (
     chain,
     feed_forward,
     feed_forward_whole,
+    siblings,
 )
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
@@ -33,6 +34,8 @@ from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
+from flashsvd_compile.kernels.siblings_operands import SiblingOperands
+from flashsvd_compile.kernels.siblings_tiles import TILES, TILES_FEW_ROWS
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -223,4 +226,16 @@ def test_feed_forward_streamed_whole(rank_up, rank_down, hidden, gate):
 def test_chain(tile, hidden, rank):
     of = ChainOperands(normal(300, hidden), normal(rank, hidden), normal(hidden, rank))
     for cubin in compiled_by(chain.chain_kernel, partial(chain.streamed_chain, of, tile=tile)):
+        assert unwritten_reads(cubin) == []
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("width", [480, 1490])
+@pytest.mark.parametrize("tile", [*TILES, *TILES_FEW_ROWS], ids=str)
+def test_siblings(tile, width, is_transposed):
+    shape = (200, width) if is_transposed else (width, 200)
+    weights = tuple(normal(*shape).t() if is_transposed else normal(*shape) for _ in "abc")
+    of = SiblingOperands(normal(333, 200), weights, (normal(width), None, None))
+    launch = partial(siblings.sibling_linears, of, tile=tile)
+    for cubin in compiled_by(siblings.sibling_linears_kernel, launch):
         assert unwritten_reads(cubin) == []

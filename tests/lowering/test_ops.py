@@ -26,6 +26,15 @@ def traced(*arguments: str) -> dict:
 
 
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
+def test_one_launch_writes_the_outputs_of_all_siblings(shapes):
+    found = traced("siblings", "cuda:0", shapes)
+    assert found["launches"] == ["triton_kernel_wrapper_functional"]
+    assert found["copied"] == [["out0", "out1"]]
+    assert found["operators"] == []
+    assert found["guards"] == []
+
+
+@pytest.mark.parametrize("shapes", ["static", "dynamic"])
 @pytest.mark.parametrize(
     "name", ["attention", "described_attention", "feed_forward", "whole", "chain"]
 )

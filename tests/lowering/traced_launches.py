@@ -59,14 +59,23 @@ class FeedForward(nn.Module):
 
 class Whole(nn.Module):
     def forward(self, x: Tensor, *factors: Tensor) -> tuple[Tensor]:
-        tile = [64, 64, 4, 3, 0, 64, 64]
+        tile = [64, 64, 4, 3, 0, 0, 64, 64]
         x = x.flatten(0, 1)
         return (ops.streamed_whole_feed_forward(x, *factors, activation="gelu", tile=tile),)
 
 
 class Chain(nn.Module):
     def forward(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (ops.streamed_chain(x.flatten(0, 1), u, v, tile=[64, 64, 4, 3, 0, 64, 128]),)
+        return (ops.streamed_chain(x.flatten(0, 1), u, v, tile=[64, 64, 4, 3, 0, 0, 64, 128]),)
+
+
+class Siblings(nn.Module):
+    def forward(self, x: Tensor, one: Tensor, other: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        latent = x.flatten(0, 1)
+        first, second = ops.sibling_linears(
+            latent, [one, other.t()], [bias], biased=[1], tile=[64, 64, 4, 3, 0, 0, 64]
+        )
+        return first, second
 
 
 def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
@@ -85,6 +94,7 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
             [empty(6, 77, 48), empty(40, 48), empty(256, 40), empty(64, 256), empty(48, 64)],
         ),
         "chain": (Chain(), [empty(6, 77, 48), empty(40, 48), empty(128, 40)]),
+        "siblings": (Siblings(), [empty(6, 77, 64), empty(40, 64), empty(64, 48), empty(48)]),
         "feed_forward": (FeedForward(), [empty(6, 77, 64), empty(256, 64), empty(64, 256)]),
     }
 

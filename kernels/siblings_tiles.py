@@ -1,0 +1,95 @@
+"""Tiles of sibling linears: what may be launched, what is preferred, what it costs on chip.
+
+Imports no Triton.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashsvd_compile.kernels.tiles import TileConfig
+
+# Siblings of one launch: each has arguments of its own in the kernel's signature. Attention has
+# three, a gated feed-forward two, a block that runs both side by side five.
+MAX_SIBLINGS = 8
+
+# Rows up to which one launch is taken for siblings unasked: none, until it has been measured
+# against as many library matmuls (`python -m bench.siblings`).
+MERGED_FASTEST_UP_TO_ROWS = 0
+
+# Programs that a launch should have at least, where tiles can be made smaller: the
+# multiprocessors of an H100.
+FILLING_PROGRAMS = 132
+
+# Tiles of rows that share a weight's tile while it is in the second-level cache.
+GROUP_M = 8
+
+# Beyond the tiles themselves: barriers and small conversions.
+SRAM_SLACK_BYTES = 256
+
+
+@dataclass(frozen=True)
+class MatmulTile(TileConfig):
+    """``block_m`` × ``block_n`` of one output, ``block_k`` of the contraction at a time."""
+
+    block_k: int = 64
+
+
+# From large to small: the first that fits and fills the device is taken, else the smallest that
+# fits. Reasoned, not measured: 64 rows are a warpgroup's on Hopper, and 16 the least a tensor core
+# takes, where weights are read once and the rows hardly count.
+TILES = (
+    MatmulTile(128, 128, 8, 4, block_k=64),
+    MatmulTile(128, 64, 4, 4, block_k=64),
+    MatmulTile(64, 64, 4, 4, block_k=64),
+    MatmulTile(64, 32, 4, 5, block_k=64),
+    MatmulTile(64, 16, 4, 4, block_k=64),
+    MatmulTile(32, 16, 4, 3, block_k=64),
+)
+FEW_ROWS = 16
+TILES_FEW_ROWS = (
+    MatmulTile(16, 64, 4, 4, block_k=128),
+    MatmulTile(16, 32, 4, 5, block_k=128),
+    MatmulTile(16, 16, 4, 5, block_k=256),
+    MatmulTile(16, 16, 4, 3, block_k=128),
+    MatmulTile(16, 16, 4, 2, block_k=64),
+)
+# Exact float32 multiplies on the ordinary cores, from registers.
+TILES_32_BIT = (
+    MatmulTile(64, 64, 4, 3, block_k=32),
+    MatmulTile(32, 32, 4, 3, block_k=32),
+    MatmulTile(16, 16, 4, 4, block_k=64),
+    MatmulTile(16, 16, 4, 2, block_k=32),
+)
+
+
+def sram_bytes_of(tile: MatmulTile, element_bytes: int) -> int:
+    """Shared memory of one program: the tiles of x and of a weight, once a stage.
+
+    The output's tile passes through it too, on its way to memory, after the last stage.
+    """
+    stages = (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+    return max(stages, tile.block_m * tile.block_n) * element_bytes + SRAM_SLACK_BYTES
+
+
+def programs_of(tile: MatmulTile, rows: int, widths: Sequence[int]) -> int:
+    """How many programs a launch has."""
+    return -(-rows // tile.block_m) * sum(-(-width // tile.block_n) for width in widths)
+
+
+def default_tile(
+    *, rows: int, widths: Sequence[int], element_bytes: int, sram_bytes: int
+) -> MatmulTile | None:
+    """The largest tile that fits the shared memory and fills the device; None if none fits."""
+    fitting = [
+        tile
+        for tile in _preferred(rows, element_bytes)
+        if sram_bytes_of(tile, element_bytes) <= sram_bytes
+    ]
+    filling = [t for t in fitting if programs_of(t, rows, widths) >= FILLING_PROGRAMS]
+    return next(iter(filling or fitting[-1:]), None)
+
+
+def _preferred(rows: int, element_bytes: int) -> tuple[MatmulTile, ...]:
+    if element_bytes == 4:
+        return TILES_32_BIT
+    return TILES_FEW_ROWS if rows <= FEW_ROWS else TILES
