@@ -24,6 +24,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -192,6 +193,7 @@ def tile_of(shape: Shape) -> TileConfig | None:
         intermediate_size=shape.intermediate_size,
         element_bytes=getattr(torch, shape.dtype).itemsize,
         sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        generation=generation_of(torch.device("cuda")),
     )
 
 

@@ -15,13 +15,13 @@ from flashsvd_compile.kernels.attention_tiles import (
     sram_bytes_of,
 )
 from flashsvd_compile.kernels.primitives import (
-    has_warpgroups,
     is_empty,
     is_multiple,
     launch,
     row_alignment,
     sram_bytes_of_device,
 )
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def rank_space_attention(
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
             is_causal=of.is_causal,
-            has_warpgroups=has_warpgroups(q.device),
+            generation=generation_of(q.device),
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         tile = _tile_that_fits(tile, extents, sram_bytes)

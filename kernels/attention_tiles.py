@@ -1,8 +1,8 @@
 """Which tiles of the attention kernel fit, and which to take. Data only: imports no Triton."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flashsvd_compile.kernels.tile_tables import Candidates, candidates
 from flashsvd_compile.kernels.tiles import TileConfig
 
 # tl.dot takes powers of two from 16 up.
@@ -33,60 +33,8 @@ MASK_BYTES = 4
 MAX_ACCUMULATORS_16_BIT = 128
 MAX_ACCUMULATORS_32_BIT = 72
 
-# Fastest first, then ever smaller, by the larger of the padded ranks of k and v. H100 80GB HBM3,
-# torch 2.11.0, triton 3.6.0, 2026-11-26, sweeps in bfloat16 from cold caches;
-# `python -m bench.attention --tiles` repeats them. Of 17 tiles the first of each list was the best
-# or within 2% of it: at ranks 32, 40 and 64 with 512 keys, a padding mask and without, at rank 32
-# with 2048, and at ranks 64 and 128 with 4096 (causal: within 6%). A cap on registers pays where
-# one more program then fits a multiprocessor.
-NARROW_RANK = 32
-WIDE_RANK = 64
-_SMALLER = (
-    TileConfig(64, 64, 8, 3),
-    TileConfig(64, 32, 4, 3),
-    TileConfig(64, 32, 4, 2),
-    TileConfig(64, 32, 8, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(32, 32, 8, 2),
-    TileConfig(16, 32, 4, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
-TILES_NARROW = (
-    TileConfig(128, 32, 4, 4, max_registers=128),
-    TileConfig(64, 32, 4, 4),
-    TileConfig(64, 64, 4, 3),
-    *_SMALLER,
-)
-TILES_WIDE = (
-    TileConfig(128, 32, 8, 4),
-    TileConfig(128, 32, 4, 4),
-    TileConfig(64, 32, 4, 4),
-    TileConfig(64, 64, 4, 3),
-    *_SMALLER,
-)
-TILES_WIDEST = (
-    TileConfig(64, 64, 4, 3),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(64, 32, 4, 4),
-    *_SMALLER,
-)
-# Under a causal mask the tiles of queries differ in length, and more, shorter programs fill the
-# device better: by 2 to 12% at ranks 16 and 64 with 1024 to 16384 keys (same H100, versions and
-# day, 11 tiles), within 1% at rank 32 with 4096. At rank 40 with 4096 keys, where latents do not
-# fill their padded tile, it cost 7%: there the list of all keys stays.
-TILES_NARROW_CAUSAL = (TileConfig(64, 64, 4, 3), *TILES_NARROW)
-TILES_WIDE_CAUSAL = (TileConfig(64, 32, 4, 3), *TILES_WIDE)
-# Exact float32 has no tensor core to feed; what fits its registers was sought, not measured.
-TILES_32_BIT = (
-    TileConfig(64, 32, 4, 2),
-    TileConfig(64, 32, 8, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(32, 32, 8, 2),
-    TileConfig(16, 32, 8, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
+# By which the planner and the launcher name this kernel's tables.
+KERNEL = "attention"
 
 
 def common_width(rank_q: int, rank_k: int, rank_v: int, element_bytes: int) -> int:
@@ -125,8 +73,7 @@ class AttentionExtents:
 
     ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
     mask that differs between queries, else 0. ``is_causal`` matters for speed alone.
-    ``has_warpgroups``: whether the device is a Hopper, whose matmuls of 64 rows find an operand in
-    registers that others read from shared memory.
+    ``generation`` of the device, as ``"sm_90"``.
     """
 
     head_dim_qk: int
@@ -139,7 +86,12 @@ class AttentionExtents:
     element_bytes: int
     mask_bytes: int = 0
     is_causal: bool = False
-    has_warpgroups: bool = False
+    generation: str = ""
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether matmuls of 64 rows find an operand in registers: those of Hopper do."""
+        return self.generation == "sm_90"
 
     @property
     def width(self) -> int:
@@ -192,29 +144,33 @@ def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -
     return tile.block_m * (rank_padded(rank_v, width) + tile.block_n) // (32 * tile.num_warps)
 
 
-def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Iterator[TileConfig]:
+def traits_of(of: AttentionExtents) -> dict[str, int | bool]:
+    """What the tables distinguish calls by."""
+    rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
+    return {
+        "element_bytes": of.element_bytes,
+        "rank": rank,
+        "is_causal": of.is_causal,
+        "ranks_fill": of.rank_k == of.rank_v == rank,
+    }
+
+
+def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Candidates[TileConfig]:
     """The tiles that fit ``sram_bytes`` of shared memory a block and the registers, best first."""
-    limit = MAX_ACCUMULATORS_32_BIT if of.element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
-    for tile in _preferred(of):
-        registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
-        # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
-        allowed = min(limit, tile.max_registers // 2 or limit)
-        if sram_bytes_of(tile, of) <= sram_bytes and registers <= allowed:
-            yield tile
+    return candidates(
+        KERNEL, of.generation, traits_of(of), lambda tile: can_run(tile, of, sram_bytes)
+    )
 
 
 def default_tile(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
     """The first of `candidate_tiles`, or None where none fits."""
-    return next(candidate_tiles(of, sram_bytes), None)
+    return candidate_tiles(of, sram_bytes).first
 
 
-def _preferred(of: AttentionExtents) -> tuple[TileConfig, ...]:
-    if of.element_bytes == 4:
-        return TILES_32_BIT
-    rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
-    if rank <= NARROW_RANK:
-        return TILES_NARROW_CAUSAL if of.is_causal else TILES_NARROW
-    if rank > WIDE_RANK:
-        return TILES_WIDEST
-    fills = of.rank_k == of.rank_v == rank
-    return TILES_WIDE_CAUSAL if of.is_causal and fills else TILES_WIDE
+def can_run(tile: TileConfig, of: AttentionExtents, sram_bytes: int) -> bool:
+    """Whether it fits ``sram_bytes`` of shared memory a block and the registers."""
+    limit = MAX_ACCUMULATORS_32_BIT if of.element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
+    registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
+    # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
+    allowed = min(limit, tile.max_registers // 2 or limit)
+    return registers <= allowed and sram_bytes_of(tile, of) <= sram_bytes

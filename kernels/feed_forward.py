@@ -25,7 +25,13 @@ import triton.language as tl
 from flashsvd_compile.kernels.activations_triton import activate
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
-from flashsvd_compile.kernels.primitives import dot, is_empty, launch, sram_bytes_of_device
+from flashsvd_compile.kernels.primitives import (
+    dot,
+    is_empty,
+    launch,
+    sram_bytes_of_device,
+)
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -227,6 +233,7 @@ def _default_tile(of: FeedForwardOperands) -> TileConfig:
         intermediate_size=of.intermediate_size,
         element_bytes=of.up.element_size(),
         sram_bytes=sram_bytes,
+        generation=generation_of(of.up.device),
     )
     if tile is None:
         raise ValueError(

@@ -74,7 +74,7 @@ ARROWS = {
     "planner": [
         "planner", "analysis", "reason", "options",
         "kernels.attention_tiles", "kernels.feed_forward_tiles", "kernels.feed_forward_blocks",
-        "kernels.tiles",
+        "kernels.tiles", "kernels.tile_tables",
     ],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],

@@ -1,7 +1,7 @@
 """For each site the cheapest legal lowering. ``unfused`` always competes."""
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +18,7 @@ from flashsvd_compile.kernels import attention_tiles, feed_forward_blocks, feed_
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.tiling import Tiling, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 
@@ -26,9 +27,9 @@ class Plan:
     """How a site will run.
 
     ``site`` may differ from the one found: arms that are cheaper lifted are dense in it.
-    ``tile`` (block_m, block_n, num_warps, num_stages) or ``block_rows`` where the lowering has
-    them. ``transient_bytes`` is what the site will hold at full width, ``unfused_bytes`` what it
-    held; formulas of the graph's symbols.
+    ``tile`` (the fields of a kernel's tile) or ``block_rows`` where the lowering has them;
+    ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the site
+    will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
     """
 
     site: Site
@@ -36,9 +37,16 @@ class Plan:
     reason: Reason
     transient_bytes: Size = sympy.S.Zero
     unfused_bytes: Size = sympy.S.Zero
-    tile: tuple[int, ...] = ()
+    tiling: Tiling | None = None
     block_rows: int = 0
-    sram_bytes: int = 0
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        return () if self.tiling is None else self.tiling.tile
+
+    @property
+    def sram_bytes(self) -> int:
+        return 0 if self.tiling is None else self.tiling.sram_bytes
 
 
 def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size, int]) -> Plan:
@@ -76,9 +84,9 @@ def _plan_attention(
     why_not: Reason | None = None
     for names in _subsets(list(lifts)):
         candidate = _dense_but(site, names)
-        tile, sram, problem = _attention_tile(candidate, device, options)
-        if problem is not None:
-            why_not = problem
+        tiling = _attention_tiling(candidate, device, options)
+        if isinstance(tiling, Reason):
+            why_not = tiling
             continue
         found = cost.attention_cost(candidate, device, hints)
         seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
@@ -86,7 +94,7 @@ def _plan_attention(
             best_seconds = seconds
             reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")
             best = Plan(candidate, "rank_space", reason, found.transient_bytes,
-                        base.transient_bytes, tile, sram_bytes=sram)  # fmt: skip
+                        base.transient_bytes, tiling)  # fmt: skip
     if best.lowering == "unfused" and why_not is not None:
         return replace(best, reason=why_not)
     return best
@@ -110,11 +118,14 @@ def _all_dense(site: AttentionSite) -> AttentionSite:
     return _dense_but(site, ())
 
 
-def _attention_tile(
+def _attention_tiling(
     site: AttentionSite, device: Device, options: Options
-) -> tuple[tuple[int, ...], int, Reason | None]:
+) -> Tiling | Reason | None:
+    """None where no kernel is launched."""
     if device.type != "cuda":
-        return (), 0, None
+        return None
+    if (problem := _check_dtype(site)) is not None:
+        return problem
     query, key, value = site.query, site.key, site.value
     extents = attention_tiles.AttentionExtents(
         head_dim_qk=query.width_size,
@@ -127,14 +138,15 @@ def _attention_tile(
         element_bytes=site.dtype.itemsize,
         mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
         is_causal=site.is_causal,
-        has_warpgroups=device.has_warpgroups,
+        generation=device.generation,
     )
     sram = _sram(device, options)
-    tile = attention_tiles.default_tile(extents, sram)
-    if tile is None:
+    found = attention_tiles.candidate_tiles(extents, sram)
+    tiling = tiling_of(found, lambda tile: attention_tiles.sram_bytes_of(tile, extents), sram)
+    if tiling is None:
         ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
-        return (), 0, reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
-    return astuple(tile), attention_tiles.sram_bytes_of(tile, extents), None
+        return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    return tiling
 
 
 # ---- feed-forward -------------------------------------------------------------------------------
@@ -167,6 +179,8 @@ def _plan_feed_forward(
 def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:
     if device.type != "cuda":
         return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    if (problem := _check_dtype(site)) is not None:
+        return problem
     shape: dict[str, Any] = {
         "rank_up": site.up.rank_size,
         "rank_gate": site.gate.rank_size if site.gate else None,
@@ -175,13 +189,15 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
     }
     sram = _sram(device, options)
     width = int(volume(site.width))
-    tile = feed_forward_tiles.default_tile(**shape, intermediate_size=width, sram_bytes=sram)
-    if tile is None:
+    found = feed_forward_tiles.candidate_tiles(
+        **shape, intermediate_size=width, sram_bytes=sram, generation=device.generation
+    )
+    tiling = tiling_of(found, lambda tile: feed_forward_tiles.sram_bytes_of(tile, **shape), sram)
+    if tiling is None:
         ranks = f"ranks {shape['rank_up']} in, {shape['rank_down']} out"
         return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
     reason = reason_at(site.node, Code.PLANNED, "the intermediate stays on chip")
-    used = feed_forward_tiles.sram_bytes_of(tile, **shape)
-    return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
+    return Plan(site, "streamed", reason, tiling=tiling)
 
 
 def _row_blocks(site: FeedForwardSite) -> Plan:
@@ -211,6 +227,13 @@ def _why_chain_stays(site: ChainSite) -> Reason:
 
 def _lost(site: Site, rivals: str) -> Reason:
     return reason_at(site.node, Code.NOT_PROFITABLE, f"{rivals} would be slower here")
+
+
+def _check_dtype(site: Site) -> Reason | None:
+    """Kernels accumulate in float32, which is no more than float64 is rounded to."""
+    if site.dtype.itemsize <= 4:
+        return None
+    return reason_at(site.node, Code.DTYPE, f"{site.dtype} on a GPU", "at most 32 bits")
 
 
 def _sram(device: Device, options: Options) -> int:

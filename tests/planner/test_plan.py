@@ -16,7 +16,7 @@ from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.plan import plan_site
 from flashsvd_compile.reason import Code
 
-HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6)
+HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6, "sm_90")
 CPU = device_for(torch.device("cpu"))
 
 
