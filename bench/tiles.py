@@ -174,18 +174,20 @@ def timed(case: Case, tiles: Iterable[TileConfig]) -> dict[TileConfig, float]:
 
 
 def order(times: list[dict[TileConfig, float]]) -> tuple[list[TileConfig], str]:
-    """Tiles that every shape takes, by how near to its best; and what that is of the first."""
-    shared = set.intersection(*(set(of_case) for of_case in times))
-
-    def ratios(tile: TileConfig) -> list[float]:
-        return [of_case[tile] / min(of_case.values()) for of_case in times]
-
-    slowdown = {tile: math.prod(ratios(tile)) ** (1 / len(times)) for tile in shared}
-    ordered = sorted((t for t in shared if slowdown[t] <= SLOWEST), key=slowdown.__getitem__)
-    found = f"of {len(shared)} tiles, on {len(times)} shapes in bfloat16 from cold caches"
-    if ordered:
-        found += f", the first took at most {max(ratios(ordered[0])):.2f} of the best's time"
-    return ordered, found
+    """Tiles by how near to its best they bring the shapes that they fit, and what they reach."""
+    ratios = [
+        {tile: ms / min(of_case.values()) for tile, ms in of_case.items()} for of_case in times
+    ]
+    slowdown = {}
+    for tile in {tile for of_case in ratios for tile in of_case}:
+        found = [of_case[tile] for of_case in ratios if tile in of_case]
+        slowdown[tile] = math.prod(found) ** (1 / len(found))
+    by_speed = sorted(slowdown, key=slowdown.__getitem__)
+    reached = max((next(c[t] for t in by_speed if t in c) for c in ratios), default=1.0)
+    return [tile for tile in by_speed if slowdown[tile] <= SLOWEST], (
+        f"of {len(slowdown)} tiles, on {len(times)} shapes in bfloat16 from cold caches, the first "
+        f"that fits took at most {reached:.2f} times the best"
+    )
 
 
 def written(kernel: str, times: dict[Case, dict[TileConfig, float]]) -> str:
@@ -228,6 +230,7 @@ def main() -> None:
         case: [tile for tile in TILES if case.can_run(tile, sram_bytes)]
         for case in CASES[arguments.kernel]
     }
+    tiles = {case: fitting for case, fitting in tiles.items() if fitting}
     jobs = [(case, tile) for case, fitting in tiles.items() for tile in fitting]
     compilers = min(MAX_COMPILERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(compilers, mp_context=get_context("spawn")) as pool:
