@@ -3,11 +3,12 @@
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
@@ -21,10 +22,12 @@ from flashsvd_compile.lowering.feed_forward import lower_row_blocks, lower_strea
 from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
-from flashsvd_compile.options import Options
+from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
 from flashsvd_compile.planner.plan import Plan, plan_site
+from flashsvd_compile.tuning.cache import cache_in
+from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,17 @@ class Rewritten:
     seconds: dict[str, float]
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Rewritten:
-    """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was."""
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    may_measure: bool = True,
+) -> Rewritten:
+    """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
+
+    ``may_measure``: whether tiles may be timed on the device, where options ask for it.
+    """
     clock = _Clock()
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
@@ -57,8 +69,17 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     plans = tuple(plan_site(s, device_for(s.device), options, hints) for s in sites)
     clock.lap("plan")
 
-    replaced = dict(_lower(plan, facts) for plan in plans if plan.lowering != "unfused")
-    settle_strides(module.graph, replaced, facts.mutated)
+    lowered = {i: _lower(p, facts) for i, p in enumerate(plans) if p.lowering != "unfused"}
+    clock.lap("rewrite")
+
+    may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
+    plans = tuple(
+        _with_fastest_tile(p, lowered[i][0], options, may_measure) if i in lowered else p
+        for i, p in enumerate(plans)
+    )
+    clock.lap("measure")
+
+    settle_strides(module.graph, dict(lowered.values()), facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
     module.recompile()
@@ -83,6 +104,20 @@ def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
     site.node.replace_all_uses_with(result)
     site.node.graph.erase_node(site.node)
     return result, old
+
+
+def _with_fastest_tile(plan: Plan, result: fx.Node, options: Options, may_measure: bool) -> Plan:
+    """The plan and its node with the tile that was measured to be fastest, where that is asked."""
+    tiling = plan.tiling
+    if tiling is None or not options.times_tiles(tiling.is_measured):
+        return plan
+    launch = launch_behind(result)
+    found = fastest_tile(launch, tiling.timed, cache_in(cache_directory()), may_measure)
+    if found is None:
+        return plan
+    tile, source = found
+    launch.update_kwarg("tile", list(tile))
+    return replace(plan, tiling=tiling.measured(tile, source))
 
 
 def _erase_dead(graph: fx.Graph) -> None:
@@ -116,4 +151,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

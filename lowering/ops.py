@@ -17,6 +17,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.tiles import TileConfig
+from flashsvd_compile.lowering.tiled import TILED, Cut, TiledOperator
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
@@ -194,3 +195,20 @@ _differentiable(
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))
+
+
+# ---- operators with a tile ----------------------------------------------------------------------
+
+TILED["rank_space_attention"] = TiledOperator(
+    _ATTENTION_TENSORS,
+    lambda tensors, numbers: lifted_attention(_attention_operands(tensors, numbers)),
+    # of the output's batch and queries
+    cuts=(Cut(0, {"q": 0, "k": 0, "v": 0, "mask": 0}, 1), Cut(2, {"q": 2, "mask": 2}, 128)),
+    sizes={"q": 3, "k": 3, "v": 3, "mask": 4},
+)
+TILED["streamed_feed_forward"] = TiledOperator(
+    _FEED_FORWARD_TENSORS,
+    lambda tensors, numbers: unfused_feed_forward(_feed_forward_operands(tensors, numbers)),
+    cuts=(Cut(0, {"up": 0, "gate": 0}, 512),),
+    sizes={"up": 1, "gate": 1},
+)
