@@ -93,7 +93,8 @@ def _lower(plan: Plan, facts: Facts) -> tuple[fx.Node, Any]:
     pin_floats(site.region)
     builder = Builder(site.node, facts.space)
     if isinstance(site, AttentionSite):
-        result = lower_attention(site, builder, plan.tile)
+        sram_budget = 0 if plan.tiling is None else plan.tiling.sram_limit
+        result = lower_attention(site, builder, plan.tile, sram_budget)
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite):

@@ -39,8 +39,13 @@ def rank_space_attention(
     *,
     tile: TileConfig | None = None,
     out: Tensor | None = None,
+    sram_budget: int = 0,
 ) -> Tensor:
-    """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer."""
+    """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer.
+
+    Where operands lie in memory otherwise than ``tile`` was chosen for, another may be taken, of at
+    most ``sram_budget`` bytes of shared memory if that is given.
+    """
     shape, num_heads = of.shape, of.num_heads
     q, k, v, mask = of.q, of.k, of.v, of.mask
     if q.dtype not in SUPPORTED_DTYPES:
@@ -79,6 +84,7 @@ def rank_space_attention(
             generation=generation_of(q.device),
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
+        sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
         tile = _tile_that_fits(tile, extents, sram_bytes)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     # By axis: a division by the number of tiles would stand at the start of every program.

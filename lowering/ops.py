@@ -40,10 +40,14 @@ def _schema(tensors: Sequence[str], rest: str) -> str:
     return f"({required}, {optional}, *, {rest}) -> Tensor"
 
 
-# ``tile``: the fields of TileConfig; empty lets the launcher choose.
+# ``tile``: the fields of TileConfig; empty lets the launcher choose. ``sram_budget``: bytes of
+# shared memory a block for the launcher to choose by; 0 for what the device has.
 _LIBRARY.define(
     "rank_space_attention"
-    + _schema(_ATTENTION_TENSORS, "int num_heads, bool is_causal, float scale, int[] tile")
+    + _schema(
+        _ATTENTION_TENSORS,
+        "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0",
+    )
 )
 _LIBRARY.define(
     "streamed_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int[] tile")
@@ -64,15 +68,20 @@ def _tile(tile: Sequence[int]) -> TileConfig | None:
     return TileConfig(*tile) if tile else None
 
 
-def _attention_on_library(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
-    del tile
+def _attention_on_library(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
+    del tile, sram_budget
     return rank_space_attention_library(_attention_operands(tensors, numbers))
 
 
-def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+def _attention_on_triton(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
     from flashsvd_compile.kernels.attention import rank_space_attention as launch
 
-    return launch(_attention_operands(tensors, numbers), tile=_tile(tile))
+    of = _attention_operands(tensors, numbers)
+    return launch(of, tile=_tile(tile), sram_budget=sram_budget)
 
 
 def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
@@ -201,7 +210,9 @@ for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
 
 TILED["rank_space_attention"] = TiledOperator(
     _ATTENTION_TENSORS,
-    lambda tensors, numbers: lifted_attention(_attention_operands(tensors, numbers)),
+    lambda tensors, numbers: lifted_attention(
+        _attention_operands(tensors, {k: v for k, v in numbers.items() if k != "sram_budget"})
+    ),
     # of the output's batch and queries
     cuts=(Cut(0, {"q": 0, "k": 0, "v": 0, "mask": 0}, 1), Cut(2, {"q": 2, "mask": 2}, 128)),
     sizes={"q": 3, "k": 3, "v": 3, "mask": 4},
