@@ -5,14 +5,15 @@ import triton
 from flashsvd_compile.kernels.attention_kernel import rank_space_attention_kernel
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_tiles import (
-    SWIZZLE_BYTES,
     AttentionExtents,
     common_width,
     default_tile,
+    last_resort,
     lift_chunk,
     output_chunk,
     rank_padded,
     sram_bytes_of,
+    widened,
 )
 from flashsvd_compile.kernels.primitives import (
     is_empty,
@@ -67,15 +68,13 @@ def rank_space_attention(
     k, v = _rank_innermost(k), _rank_innermost(v)
     width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
     is_widened = not all(map(_is_rank_contiguous, (q, k, v, of.q_factor, of.k_factor, of.v_factor)))
-    if is_widened:
-        width = SWIZZLE_BYTES // q.element_size()
     if tile is None or is_widened:
         extents = AttentionExtents(
             head_dim_qk=shape.head_dim_qk,
             head_dim_v=shape.head_dim_v,
-            rank_q=max(shape.rank_q, width),
-            rank_k=max(shape.rank_k, width),
-            rank_v=max(shape.rank_v, width),
+            rank_q=shape.rank_q,
+            rank_k=shape.rank_k,
+            rank_v=shape.rank_v,
             q_lifted=of.q_factor is not None,
             v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
@@ -85,6 +84,9 @@ def rank_space_attention(
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
+        if is_widened:
+            extents = widened(extents)
+            width = extents.width
         tile = _tile_that_fits(tile, extents, sram_bytes)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     # By axis: a division by the number of tiles would stand at the start of every program.
@@ -169,10 +171,11 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
 def _tile_that_fits(
     tile: TileConfig | None, extents: AttentionExtents, sram_bytes: int
 ) -> TileConfig:
-    """``tile``, which may have been chosen before it was known how operands lie, or the default."""
+    """``tile``, which may have been chosen before it was known how operands lie, or the default;
+    or, rather than none, one that spills registers."""
     if tile is not None and sram_bytes_of(tile, extents) <= sram_bytes:
         return tile
-    tile = default_tile(extents, sram_bytes)
+    tile = default_tile(extents, sram_bytes) or last_resort(extents, sram_bytes)
     if tile is None:
         raise ValueError(
             f"no attention tile of ranks {extents.rank_q}, {extents.rank_k}, {extents.rank_v} (q, "

@@ -1,6 +1,6 @@
 """Which tiles of the attention kernel fit, and which to take. Data only: imports no Triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashsvd_compile.kernels.tile_tables import Candidates, candidates
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -28,10 +28,21 @@ MAX_REGISTER_ROW_BYTES = 1024
 # An element of a mask, where its dtype is not known yet: float32, the widest there is.
 MASK_BYTES = 4
 
-# Accumulators (32-bit registers of a thread) that leave room for q̃, probabilities and addresses
-# among 255: half of them. Exact float32 keeps the operands of its products there as well.
+# Accumulators (32-bit registers of a thread) of the scores and the latent output, and of q̃: what
+# leaves room for the other operands among 255. Of 600 kernels compiled for sm_86 and sm_90 with
+# triton 3.9.0, 2026-11-26 (ranks from 16 to 512, even and odd, with and without an added mask),
+# those within these limits keep all but 0 to 24 registers on chip; in exact float32, whose operands
+# are all in registers, all but 40 at ranks above 64.
 MAX_ACCUMULATORS_16_BIT = 128
-MAX_ACCUMULATORS_32_BIT = 72
+MAX_ACCUMULATORS_32_BIT = 12
+MAX_QUERY_ACCUMULATORS_16_BIT = 64
+MAX_QUERY_ACCUMULATORS_32_BIT = 8
+
+# The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
+# beyond the second padded rank, whatever the tile, and beyond the first for all tiles but whole
+# warpgroups' (which read P_k and V_k from shared memory) and those of 16 queries.
+MAX_RANK_K_PADDED = 256
+EASY_RANK_K_PADDED = 128
 
 # By which the planner and the launcher name this kernel's tables.
 KERNEL = "attention"
@@ -144,6 +155,27 @@ def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -
     return tile.block_m * (rank_padded(rank_v, width) + tile.block_n) // (32 * tile.num_warps)
 
 
+def query_accumulators_of(tile: TileConfig, *, rank_k: int, width: int = MIN_EXTENT) -> int:
+    """Registers of one thread that hold q̃ while it is computed."""
+    return tile.block_m * rank_padded(rank_k, width) // (32 * tile.num_warps)
+
+
+def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
+    """Whether no more than a few registers are spilled to local memory."""
+    padded_k, is_exact = rank_padded(of.rank_k, of.width), of.element_bytes == 4
+    limit = MAX_ACCUMULATORS_32_BIT if is_exact else MAX_ACCUMULATORS_16_BIT
+    # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
+    limit = min(limit, tile.max_registers // 2 or limit)
+    query_limit = MAX_QUERY_ACCUMULATORS_32_BIT if is_exact else MAX_QUERY_ACCUMULATORS_16_BIT
+    is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m == MIN_EXTENT
+    return (
+        padded_k <= MAX_RANK_K_PADDED
+        and (is_easy or _is_whole_warpgroups(tile, of))
+        and query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
+        and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
+    )
+
+
 def traits_of(of: AttentionExtents) -> dict[str, int | bool]:
     """What the tables distinguish calls by."""
     rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
@@ -169,8 +201,28 @@ def default_tile(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
 
 def can_run(tile: TileConfig, of: AttentionExtents, sram_bytes: int) -> bool:
     """Whether it fits ``sram_bytes`` of shared memory a block and the registers."""
-    limit = MAX_ACCUMULATORS_32_BIT if of.element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
-    registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
-    # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
-    allowed = min(limit, tile.max_registers // 2 or limit)
-    return registers <= allowed and sram_bytes_of(tile, of) <= sram_bytes
+    return fits_registers(tile, of) and sram_bytes_of(tile, of) <= sram_bytes
+
+
+def last_resort(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
+    """The tile of fewest accumulators that fits ``sram_bytes``; what registers cannot hold is
+    spilled. None where none fits."""
+    fitting = candidates(
+        KERNEL, of.generation, traits_of(of), lambda tile: sram_bytes_of(tile, of) <= sram_bytes
+    ).tiles
+    return min(
+        fitting,
+        key=lambda tile: accumulators_of(tile, rank_v=max(of.rank_v, of.rank_k), width=of.width),
+        default=None,
+    )
+
+
+def widened(of: AttentionExtents) -> AttentionExtents:
+    """The call as it runs where the rank of an operand is not innermost in memory."""
+    width = SWIZZLE_BYTES // of.element_bytes
+    return replace(
+        of,
+        rank_q=max(of.rank_q, width),
+        rank_k=max(of.rank_k, width),
+        rank_v=max(of.rank_v, width),
+    )

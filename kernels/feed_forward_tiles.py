@@ -19,11 +19,18 @@ STREAMED_CHUNK = 64
 # compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25.
 SRAM_SLACK_BYTES = 256
 
-# Accumulators (32-bit registers of a thread) beyond which ptxas spills. Of those 224 kernels, the
-# 16-bit ones spilled from 256 on and, resident latents given, not at 192; exact float32, which
-# keeps operands in registers too, mostly from 80 on and, without a gate, not at 72.
+# Accumulators (32-bit registers of a thread) beyond which ptxas spills more than a few. Of 224
+# kernels compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25, the 16-bit ones spilled from
+# 256 on and, resident latents given, not at 192. Rows that do not begin at multiples of 4 bytes (an
+# odd rank in 16 bits) are loaded element by element, whose addresses take registers: at 96 those
+# spilled up to 50, at 80 up to 10, but on sm_120 eight warps 80, and on sm_89 40 at 48. Exact
+# float32, which keeps operands in registers too, spilled 360 at 72 and up to 14 at 48 (triton
+# 3.9.0, 2026-11-26).
 MAX_ACCUMULATORS_16_BIT = 192
-MAX_ACCUMULATORS_32_BIT = 72
+MAX_ACCUMULATORS_ELEMENTWISE = 80
+MAX_WARPS_ELEMENTWISE = 4  # but on Hopper
+MAX_ACCUMULATORS_32_BIT = 48
+COPIED_BYTES = 4
 
 # By which the planner and the launcher name this kernel's tables.
 KERNEL = "feed_forward"
@@ -104,7 +111,10 @@ def candidate_tiles(*, sram_bytes: int, generation: str = "", **shape: Any) -> C
     """
     traits = traits_of(**shape)
     return candidates(
-        KERNEL, generation, traits, lambda tile: can_run(tile, sram_bytes=sram_bytes, **shape)
+        KERNEL,
+        generation,
+        traits,
+        lambda tile: can_run(tile, sram_bytes=sram_bytes, generation=generation, **shape),
     )
 
 
@@ -122,6 +132,7 @@ def can_run(
     intermediate_size: int,
     element_bytes: int,
     sram_bytes: int,
+    generation: str = "",
 ) -> bool:
     """Whether it fits ``sram_bytes`` of shared memory a block and the registers, and is no wider
     than the intermediate size."""
@@ -132,7 +143,12 @@ def can_run(
         rank_down=rank_down,
         element_bytes=element_bytes,
     )
+    ranks = (rank_up, rank_gate or 0, rank_down)
     limit = MAX_ACCUMULATORS_16_BIT if element_bytes == 2 else MAX_ACCUMULATORS_32_BIT
+    if any(rank * element_bytes % COPIED_BYTES for rank in ranks):
+        limit = min(limit, MAX_ACCUMULATORS_ELEMENTWISE)
+        if tile.num_warps > MAX_WARPS_ELEMENTWISE and generation != "sm_90":
+            return False
     registers = accumulators_of(tile, gated=rank_gate is not None, rank_down=rank_down)
     is_oversized = tile.block_n > rank_padded(intermediate_size)
     return not is_oversized and registers <= limit and sram <= sram_bytes

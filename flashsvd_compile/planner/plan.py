@@ -143,7 +143,11 @@ def _attention_tiling(
     sram = _sram(device, options)
     found = attention_tiles.candidate_tiles(extents, sram)
     tiling = tiling_of(found, lambda tile: attention_tiles.sram_bytes_of(tile, extents), sram)
-    if tiling is None:
+    # How operands will lie in memory is not known yet: the launcher must find a tile in any case.
+    if (
+        tiling is None
+        or attention_tiles.last_resort(attention_tiles.widened(extents), sram) is None
+    ):
         ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
         return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
     return tiling
