@@ -31,18 +31,24 @@ MASK_BYTES = 4
 # Accumulators (32-bit registers of a thread) of the scores and the latent output, and of q̃: what
 # leaves room for the other operands among 255. Of 600 kernels compiled for sm_86 and sm_90 with
 # triton 3.9.0, 2026-11-26 (ranks from 16 to 512, even and odd, with and without an added mask),
-# those within these limits keep all but 0 to 24 registers on chip; in exact float32, whose operands
-# are all in registers, all but 40 at ranks above 64.
+# those within these limits and the rules below spill 72 registers at most, nearly all none; beyond,
+# up to 900. Exact float32 keeps the operands of its products in registers as well. Keys whose rows
+# do not begin at multiples of 4 bytes (an odd rank in 16 bits) are loaded element by element, whose
+# addresses take registers.
 MAX_ACCUMULATORS_16_BIT = 128
 MAX_ACCUMULATORS_32_BIT = 12
-MAX_QUERY_ACCUMULATORS_16_BIT = 64
+MAX_QUERY_ACCUMULATORS_16_BIT = 128
+MAX_QUERY_ACCUMULATORS_ELEMENTWISE = 64
 MAX_QUERY_ACCUMULATORS_32_BIT = 8
+COPIED_BYTES = 4
 
 # The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
-# beyond the second padded rank, whatever the tile, and beyond the first for all tiles but whole
-# warpgroups' (which read P_k and V_k from shared memory) and those of 16 queries.
+# beyond the second padded rank, whatever the tile; beyond the first for tiles of more queries than
+# these, but for Hopper, whose matmuls read P_k and V_k from shared memory.
 MAX_RANK_K_PADDED = 256
 EASY_RANK_K_PADDED = 128
+EASY_QUERIES = 32
+EASY_QUERIES_ELEMENTWISE = 16
 
 # By which the planner and the launcher name this kernel's tables.
 KERNEL = "attention"
@@ -162,16 +168,22 @@ def query_accumulators_of(tile: TileConfig, *, rank_k: int, width: int = MIN_EXT
 
 def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
     """Whether no more than a few registers are spilled to local memory."""
-    padded_k, is_exact = rank_padded(of.rank_k, of.width), of.element_bytes == 4
-    limit = MAX_ACCUMULATORS_32_BIT if is_exact else MAX_ACCUMULATORS_16_BIT
+    padded_k = rank_padded(of.rank_k, of.width)
+    if of.element_bytes == 4:
+        limit, query_limit = MAX_ACCUMULATORS_32_BIT, MAX_QUERY_ACCUMULATORS_32_BIT
+    else:
+        limit, query_limit = MAX_ACCUMULATORS_16_BIT, MAX_QUERY_ACCUMULATORS_16_BIT
+    easy_queries = EASY_QUERIES
+    if of.rank_k * of.element_bytes % COPIED_BYTES:
+        easy_queries = EASY_QUERIES_ELEMENTWISE
+        query_limit = min(query_limit, MAX_QUERY_ACCUMULATORS_ELEMENTWISE)
+    is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m <= easy_queries
+    if padded_k > MAX_RANK_K_PADDED or not (is_easy or of.has_warpgroups):
+        return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
     limit = min(limit, tile.max_registers // 2 or limit)
-    query_limit = MAX_QUERY_ACCUMULATORS_32_BIT if is_exact else MAX_QUERY_ACCUMULATORS_16_BIT
-    is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m == MIN_EXTENT
     return (
-        padded_k <= MAX_RANK_K_PADDED
-        and (is_easy or _is_whole_warpgroups(tile, of))
-        and query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
+        query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
         and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
     )
 

@@ -73,6 +73,7 @@ def fastest_tile(
             return None
         start = time.perf_counter()
         times = measure(call, tiles)
+        torch.cuda.empty_cache()  # what was taken for it shall not stay with the process
     if not times:
         log.warning("no tile of %s could be measured; the first stays", call.name)
         return None

@@ -10,9 +10,12 @@ from flashsvd_compile.kernels.attention_tiles import (
     candidate_tiles,
     common_width,
     default_tile,
+    last_resort,
     lift_chunk,
+    query_accumulators_of,
     rank_padded,
     sram_bytes_of,
+    widened,
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -127,3 +130,39 @@ def test_causal_programs_are_shorter_where_ranks_fill_their_tiles():
     assert default_tile(replace(ragged, is_causal=True), 227 * KIB) == default_tile(
         ragged, 227 * KIB
     )
+
+
+GENERATIONS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", ""]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("rank_k", [257, 300, 512])
+def test_keys_that_no_registers_hold_are_refused(rank_k, generation):
+    """As with ranks 257, 257 and 1, whose program spilled 290 registers."""
+    case = replace(of_rank(rank_k, generation=generation), rank_v=1, head_dim_v=256, mask_bytes=4)
+    assert candidate_tiles(case, 227 * KIB).tiles == ()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("rank_k", [129, 200, 256])
+def test_wide_keys_take_short_tiles_of_queries_but_on_a_hopper(rank_k, generation):
+    case = replace(of_rank(rank_k, generation=generation), rank_v=64)
+    tiles = candidate_tiles(case, 227 * KIB).tiles
+    assert tiles
+    assert generation == "sm_90" or max(tile.block_m for tile in tiles) <= (
+        16 if rank_k % 2 else 32
+    )
+    most = max(query_accumulators_of(tile, rank_k=rank_k) for tile in tiles)
+    assert most <= (64 if rank_k % 2 else 128)
+
+
+def test_what_registers_do_not_hold_runs_as_a_last_resort():
+    tile = last_resort(of_rank(257), 227 * KIB)
+    assert sram_bytes_of(tile, of_rank(257)) <= 227 * KIB
+    assert last_resort(of_rank(257), 16 * KIB) is None
+
+
+def test_widened_operands_are_padded_to_a_row_of_the_swizzle():
+    case = replace(BERT, rank_q=8, rank_k=40, rank_v=200)
+    assert widened(case) == replace(case, rank_q=64, rank_k=64, rank_v=200)
+    assert widened(replace(case, element_bytes=4)).rank_q == 32

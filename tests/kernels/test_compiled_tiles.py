@@ -20,10 +20,10 @@ SCRIPT = Path(__file__).with_name("compiled_launches.py")
 SRAM_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}
 BUDGETS_KIB = (48, 64, 99, 164, 227)
 
-# Local memory of a thread, in bytes, by those of an element. A few registers that live across a
-# loop are spilled here and there by tiles that were the fastest measured: 64 bytes by a gated
-# feed-forward of rank 240 on sm_90. What must not be is a tile that lives in local memory.
-MAX_LOCAL_BYTES = {"bfloat16": 128, "float16": 128, "float32": 160}
+# Local memory of a thread: about a quarter of its registers. Most tiles spill none; a few registers
+# that live across a loop may be spilled by the fastest of all: 64 bytes by a gated feed-forward of
+# rank 240 on sm_90. What must not be is a tile that lives there.
+MAX_LOCAL_BYTES = 288
 
 
 def attention(generation: str, sram_kib: int, ranks: Any, **others: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def broken_promises(result: dict[str, Any]) -> list[str]:
         "the planner's tile runs": result["tile"] == result["planned"],
         "within the budget": result["sram_bytes"] <= result["sram_kib"] * 1024,
         "as foreseen": result["sram_bytes"] <= result["foreseen_bytes"],
-        "in registers": result["local_bytes"] <= MAX_LOCAL_BYTES[result["dtype"]],
+        "in registers": result["local_bytes"] <= MAX_LOCAL_BYTES,
     }
     return [promise for promise, is_kept in promises.items() if not is_kept]
 

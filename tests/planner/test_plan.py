@@ -120,6 +120,32 @@ def test_tiles_keep_an_sram_budget(budget):
         assert 0 < plan.sram_bytes <= limit
 
 
+@pytest.mark.parametrize("generation", ["sm_86", "sm_90"])
+def test_ranks_that_no_registers_hold_are_lifted_before(generation):
+    inputs = attention_inputs(257, head_dim=512)
+    gpu = replace(HOPPER, generation=generation)
+    plan = plan_of(attention, inputs, gpu, {"attention": "rank_space"})
+    assert plan.lowering == "unfused" or plan.site.key.factor is None
+
+
+def test_float64_has_no_kernel():
+    inputs = attention_inputs(16, dtype=torch.float64)
+    plan = plan_of(attention, inputs, options={"attention": "rank_space"})
+    assert (plan.lowering, plan.reason.code) == ("unfused", Code.DTYPE)
+    inputs = feed_forward_inputs(64, rows=64, dtype=torch.float64)
+    plan = plan_of(feed_forward, inputs, options={"feed_forward": "streamed"})
+    assert (plan.lowering, plan.reason.code) == ("unfused", Code.DTYPE)
+
+
+def test_plans_say_where_tiles_come_from():
+    plan = plan_of(attention, attention_inputs(32))
+    assert (plan.tiling.source, plan.tiling.is_measured) == ("table sm_90", True)
+    assert plan.tile == plan.tiling.candidates[0][0] == plan.tiling.timed[0]
+    other = plan_of(attention, attention_inputs(32), replace(HOPPER, generation="sm_86"))
+    assert (other.tiling.source, other.tiling.is_measured) == ("portable list", False)
+    assert plan_of(attention, attention_inputs(32), CPU).tiling is None
+
+
 def test_large_ranks_leave_the_feed_forward_to_library_matmuls():
     assert plan_of(feed_forward, feed_forward_inputs(64)).lowering == "streamed"
     assert plan_of(feed_forward, feed_forward_inputs(1024)).lowering == "unfused"
