@@ -19,12 +19,12 @@ STREAMED_CHUNK = 64
 # compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25.
 SRAM_SLACK_BYTES = 256
 
-# Accumulators (32-bit registers of a thread) beyond which ptxas spills a quarter of all registers
-# or more. Of 224 kernels compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25, the 16-bit
+# Accumulators (32-bit registers of a thread) beyond which ptxas spills a third of all registers or
+# more. Of 224 kernels compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25, the 16-bit
 # ones spilled from 256 on and, resident latents given, not at 192. Rows that do not begin at
 # multiples of 4 bytes (an odd rank in 16 bits) are loaded element by element, whose addresses take
 # registers: with 8 warps those spilled up to 152, on sm_90 up to 10 at 80; with 4 warps up to 50 at
-# 96. Exact float32, which keeps operands in registers too, spilled 360 at 72, up to 68 at 48
+# 96. Exact float32, which keeps operands in registers too, spilled 360 at 72, up to 78 at 48
 # (triton 3.9.0, 2026-11-26, the grid of tests/kernels/test_compiled_tiles.py).
 MAX_ACCUMULATORS_16_BIT = 192
 MAX_ACCUMULATORS_ELEMENTWISE = 96
