@@ -44,11 +44,12 @@ COPIED_BYTES = 4
 
 # The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
 # beyond the second padded rank, whatever the tile; beyond the first for tiles of more queries than
-# these, but for Hopper, whose matmuls read P_k and V_k from shared memory.
+# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory.
 MAX_RANK_K_PADDED = 256
 EASY_RANK_K_PADDED = 128
 EASY_QUERIES = 32
 EASY_QUERIES_ELEMENTWISE = 16
+WARPGROUP_ROWS = 64
 
 # By which the planner and the launcher name this kernel's tables.
 KERNEL = "attention"
@@ -178,7 +179,8 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         easy_queries = EASY_QUERIES_ELEMENTWISE
         query_limit = min(query_limit, MAX_QUERY_ACCUMULATORS_ELEMENTWISE)
     is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m <= easy_queries
-    if padded_k > MAX_RANK_K_PADDED or not (is_easy or of.has_warpgroups):
+    is_easy = is_easy or (of.has_warpgroups and tile.block_m >= WARPGROUP_ROWS)
+    if padded_k > MAX_RANK_K_PADDED or not is_easy:
         return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
     limit = min(limit, tile.max_registers // 2 or limit)
