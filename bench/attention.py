@@ -1,15 +1,13 @@
 """Rank-space attention: the kernel, or the library route, beside what torch does unaided.
 
     python -m bench.attention --device cuda
-    python -m bench.attention --device cuda --tiles
     python -m bench.attention --device cpu
 
 Each shape is timed in one run, contestants interleaved, from latents to the lifted output (the
 lifts of q and of the output are included); before that every low-rank contestant must be as close
 to float64 as the lifted eager expression is. The dense contestants attend at full width on tensors
 that are there already, each on the one backend of SDPA that it names; they compute another
-function and pass no gate. ``--tiles`` times every candidate tile instead. Results go to
-``bench/results``.
+function and pass no gate. Results go to ``bench/results``.
 """
 
 import argparse
@@ -23,12 +21,11 @@ import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
-from flashsvd_compile.kernels.attention_tiles import AttentionExtents, candidate_tiles
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.contest import contest
-from bench.measure import captured, median_ms, write_results
+from bench.measure import write_results
 from bench.targets import Target
 from bench.work import Work
 
@@ -236,54 +233,17 @@ def measure_row(row: Row, device: str, rounds: int) -> dict:
     return asdict(shape) | measured
 
 
-def measure_tiles(shape: Shape, rounds: int) -> dict:
-    from flashsvd_compile.kernels.attention import rank_space_attention
-
-    latents, keywords = operands(shape, "cuda")
-    of = AttentionOperands(*latents, **keywords)
-    properties = torch.cuda.get_device_properties("cuda")
-    rank_q, rank_k, rank_v = shape.ranks
-    extents = AttentionExtents(
-        head_dim_qk=shape.head_dim,
-        head_dim_v=shape.head_dim,
-        rank_q=rank_q,
-        rank_k=rank_k,
-        rank_v=rank_v,
-        q_lifted=True,
-        v_lifted=True,
-        element_bytes=2,
-        is_causal=shape.is_causal,
-        has_warpgroups=properties.major == 9,
-    )
-    sram_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    calls = {
-        f"{t.block_m}x{t.block_n} warps {t.num_warps} stages {t.num_stages}": captured(
-            partial(rank_space_attention, of, tile=t)
-        )
-        for t in candidate_tiles(extents, sram_bytes)
-    }
-    times = median_ms(calls, "cuda", rounds=rounds)
-    for name, time in sorted(times.items(), key=lambda item: item[1]):
-        print(f"  {name:28} {time:8.4f} ms", flush=True)
-    return asdict(shape) | {"ms": times}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank-space attention against torch's own.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
-    parser.add_argument("--tiles", action="store_true", help="time every candidate tile")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     measured = []
     for row in ROWS[arguments.device]:
         print(f"\n{row.shape}", flush=True)
-        if arguments.tiles:
-            measured.append(measure_tiles(row.shape, arguments.rounds))
-        else:
-            measured.append(measure_row(row, arguments.device, arguments.rounds))
-    name = "attention_tiles" if arguments.tiles else f"attention_{arguments.device}"
-    print(write_results(name, measured, arguments.device))
+        measured.append(measure_row(row, arguments.device, arguments.rounds))
+    print(write_results(f"attention_{arguments.device}", measured, arguments.device))
 
 
 if __name__ == "__main__":

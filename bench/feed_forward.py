@@ -28,6 +28,7 @@ from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -216,7 +217,7 @@ def _lift_tile(shape: Shape, device: str) -> TileConfig | None:
     return lifted_activation_tiles.default_tile(
         [shape.rank],
         element_bytes=getattr(torch, shape.dtype).itemsize,
-        has_warpgroups=properties.major == 9,
+        generation=generation_of(torch.device("cuda")),
         sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
@@ -242,6 +243,7 @@ def tile_of(shape: Shape) -> TileConfig | None:
         intermediate_size=shape.intermediate_size,
         element_bytes=getattr(torch, shape.dtype).itemsize,
         sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        generation=generation_of(torch.device("cuda")),
     )
 
 

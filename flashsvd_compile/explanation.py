@@ -62,8 +62,9 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and tell what the backend would do with each site.
 
     The model runs once, eagerly and as it is; nothing is compiled. ``options`` are those of the
-    backend. A compiled model is explained as the model inside it, at the sizes given. What has
-    been compiled of it stays, and what will be compiled does not change.
+    backend; nothing is measured, but what was measured before counts. A compiled model is
+    explained as the model inside it, at the sizes given. What has been compiled of it stays, and
+    what will be compiled does not change.
 
     Raises OptionsError for bad options, and whatever the model or a pass raises.
     """
@@ -73,7 +74,7 @@ def explain(
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            found.append(rewrite(gm, example_inputs, parsed))
+            found.append(rewrite(gm, example_inputs, parsed, may_measure=False))
         except Exception as error:  # Dynamo would wrap it, or suppress it
             errors.append(error)
         return gm.forward

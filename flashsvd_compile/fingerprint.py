@@ -15,7 +15,7 @@ from flashsvd_compile.options import Options
 
 
 def fingerprint(options: Options) -> str:
-    """Changes with any source file of the package and with any option that shapes the graph."""
+    """Changes with any file of the package that counts, and any option that shapes the graph."""
     shaping = (options.compiler, options.attention, options.feed_forward, options.chain,
                options.siblings, options.sram_budget)  # fmt: skip
     return hashlib.sha256(f"{_sources()} {shaping!r}".encode()).hexdigest()
@@ -35,5 +35,5 @@ def _files() -> Iterator[tuple[str, Path]]:
     rooms = [Path(place) for name in ("kernels", "lowering")
              for place in import_module(f"flashsvd_compile.{name}").__path__]  # fmt: skip
     for room in [package, *(room for room in rooms if package not in room.parents)]:
-        for path in sorted(room.rglob("*.py")):
+        for path in sorted(p for kind in ("*.py", "*.json") for p in room.rglob(kind)):
             yield str(path.relative_to(room.parent)), path

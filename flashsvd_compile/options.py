@@ -1,6 +1,8 @@
 """What a user may ask of the backend: parsed once, checked, and frozen."""
 
 import difflib
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +16,7 @@ ATTENTION_LOWERINGS = ("auto", "rank_space", "unfused")
 FEED_FORWARD_LOWERINGS = ("auto", "streamed", "streamed_whole", "row_blocks", "unfused")
 CHAIN_LOWERINGS = ("auto", "streamed", "unfused")
 SIBLINGS_LOWERINGS = ("auto", "merged", "unfused")
+AUTOTUNE = ("auto", True, False)
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "KB": 10**3, "MB": 10**6, "GB": 10**9}  # fmt: skip
 
@@ -33,6 +36,10 @@ class Options:
     same activations; ``"merged"`` is one launch for all of them.
     ``sram_budget``: bytes of shared memory that one block may use, as a number or ``"99KiB"``;
     the device's own limit by default.
+    ``autotune``: whether tiles of kernels are timed on the GPU while a model is compiled, a few for
+    each kind of call, and the fastest kept on disk (`cache_directory`). ``"auto"``: where the GPU's
+    generation has no table of tiles, and everywhere under Inductor's ``max_autotune``, which
+    ``mode="max-autotune"`` sets. ``True``: everywhere. ``False``: nowhere, and none kept is read.
     ``debug_dir``: a directory that gets every graph before and after, the sites as JSON and the
     report as text.
     ``inductor``: every other option is Inductor's own and is passed through. As in torch, a dash
@@ -45,8 +52,15 @@ class Options:
     chain: str = "auto"
     siblings: str = "auto"
     sram_budget: int | None = None
+    autotune: bool | str = "auto"
     debug_dir: Path | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def times_tiles(self, is_measured: bool) -> bool:
+        """Whether tiles are timed in place of an order that is, or is not, one of measurements."""
+        if self.autotune == "auto":
+            return not is_measured or bool(self.inductor.get("max_autotune"))
+        return bool(self.autotune)
 
     @classmethod
     def parse(
@@ -99,10 +113,10 @@ def _unknown(what: str, name: object, allowed: list[str]) -> str:
     return f"unknown {what} {name!r}; the nearest is {nearest[0]!r} (allowed: {listed})"
 
 
-def _one_of(allowed: tuple[str, ...]) -> Any:
-    def validate(name: str, value: Any) -> str:
-        if value not in allowed:
-            raise OptionsError(_unknown(f"value of {name}", value, list(allowed)))
+def _one_of(allowed: tuple[str | bool, ...]) -> Any:
+    def validate(name: str, value: Any) -> Any:
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+            raise OptionsError(_unknown(f"value of {name}", value, [str(one) for one in allowed]))
         return value
 
     return validate
@@ -132,6 +146,20 @@ def parse_bytes(name: str, value: Any) -> int | None:
     return size
 
 
+def cache_directory() -> Path:
+    """Where what was measured is kept: ``FLASHSVD_CACHE_DIR``; else ``flashsvd`` in
+    ``TORCHINDUCTOR_CACHE_DIR``; else ``flashsvd_compile`` in the user's directory of caches."""
+    if given := os.environ.get("FLASHSVD_CACHE_DIR"):
+        return Path(given)
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(given) / "flashsvd"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # nobody's home
+        caches = Path(tempfile.gettempdir())
+    return caches / "flashsvd_compile"
+
+
 def _directory(name: str, value: Any) -> Path | None:
     if value is None or isinstance(value, (str, Path)):
         return None if value is None else Path(value)
@@ -145,5 +173,6 @@ _VALIDATE: dict[str, Any] = {
     "chain": _one_of(CHAIN_LOWERINGS),
     "siblings": _one_of(SIBLINGS_LOWERINGS),
     "sram_budget": parse_bytes,
+    "autotune": _one_of(AUTOTUNE),
     "debug_dir": _directory,
 }

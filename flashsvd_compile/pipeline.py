@@ -3,11 +3,12 @@
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
@@ -34,11 +35,13 @@ from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
-from flashsvd_compile.options import Options
+from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
 from flashsvd_compile.planner.plan import Plan, drop_taken, plan_site
 from flashsvd_compile.planner.siblings import plan_siblings
+from flashsvd_compile.tuning.cache import cache_in
+from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,17 @@ class Rewritten:
     seconds: dict[str, float]
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Rewritten:
-    """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was."""
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    may_measure: bool = True,
+) -> Rewritten:
+    """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
+
+    ``may_measure``: whether tiles may be timed on the device, where options ask for it.
+    """
     clock = _Clock()
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
@@ -73,10 +85,21 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
 
     replaced: dict[fx.Node, Any] = {}
     instead: dict[fx.Node, fx.Node] = {}
+    results: list[fx.Node | None] = []
     for plan in plans:
+        results.append(None)
         if plan.lowering != "unfused":
             result, old = _lower(plan, facts, instead)
-            replaced[result] = old
+            replaced[result], results[-1] = old, result
+    clock.lap("rewrite")
+
+    may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
+    plans = tuple(
+        plan if result is None else _with_fastest_tile(plan, result, options, may_measure)
+        for plan, result in zip(plans, results, strict=True)
+    )
+    clock.lap("measure")
+
     _erase_dead(module.graph)
     # Latents that no site computes itself stand alone in the graph now.
     siblings, missed = find_siblings(facts, module.graph)
@@ -102,7 +125,8 @@ def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[f
     pin_floats(plan.region)
     builder = Builder(node, facts.space, instead)
     if isinstance(site, AttentionSite):
-        result = lower_attention(site, builder, plan.tile)
+        sram_budget = 0 if plan.tiling is None else plan.tiling.sram_limit
+        result = lower_attention(site, builder, plan.tile, sram_budget)
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed_whole":
@@ -130,6 +154,22 @@ def _merge(plan: Plan) -> dict[fx.Node, Any]:
         member.node.replace_all_uses_with(result)
         member.node.graph.erase_node(member.node)
     return replaced
+
+
+def _with_fastest_tile(plan: Plan, result: fx.Node, options: Options, may_measure: bool) -> Plan:
+    """The plan and its node with the tile that was measured to be fastest, where that is asked."""
+    tiling = plan.tiling
+    if tiling is None or len(tiling.candidates) < 2:
+        return plan
+    if not options.times_tiles(tiling.is_measured):
+        return plan
+    launch = launch_behind(result)
+    found = fastest_tile(launch, tiling.timed, cache_in(cache_directory()), may_measure)
+    if found is None:
+        return plan
+    tile, source = found
+    launch.update_kwarg("tile", list(tile))
+    return replace(plan, tiling=tiling.measured(tile, source))
 
 
 def _erase_dead(graph: fx.Graph) -> None:
@@ -163,4 +203,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

@@ -59,10 +59,11 @@ def site_reports(rewritten: Rewritten) -> tuple[SiteReport, ...]:
 def site_table(sites: Sequence[SiteReport]) -> str:
     """One line a site."""
     rows = [
-        (s.kind, s.where or "-", s.lowering or "skipped", _ranks(s.plan), _bytes(s.plan), s.reason)
+        (s.kind, s.where or "-", s.lowering or "skipped", _ranks(s.plan), _tile(s.plan),
+         _bytes(s.plan), s.reason)
         for s in sites
-    ]
-    headers = ["kind", "where", "lowering", "ranks", "full-width bytes", "reason"]
+    ]  # fmt: skip
+    headers = ["kind", "where", "lowering", "ranks", "tile", "full-width bytes", "reason"]
     return tabulate(rows, headers) if rows else "no sites"
 
 
@@ -93,6 +94,13 @@ def ranks(site: Site) -> dict[str, str]:
     return {"r": str(site.rank)} if isinstance(site, ChainSite) else {}
 
 
+def _tile(plan: Plan | None) -> str:
+    """``64×32, table sm_90``: its first two extents, and where the choice came from."""
+    if plan is None or plan.tiling is None:
+        return ""
+    return f"{plan.tile[0]}×{plan.tile[1]}, {plan.tiling.source}"
+
+
 def _bytes(plan: Plan | None) -> str:
     if plan is None or plan.lowering == "unfused" or plan.unfused_bytes == 0:
         return ""
@@ -105,6 +113,7 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
         "ranks": ranks(plan.site),
         "tile": list(plan.tile),
         "block_rows": plan.block_rows,
+        "tile_from": "" if plan.tiling is None else plan.tiling.source,
         "sram_bytes": plan.sram_bytes,
         "transient_bytes": str(plan.transient_bytes),
         "unfused_bytes": str(plan.unfused_bytes),

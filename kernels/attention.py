@@ -9,16 +9,17 @@ from flashsvd_compile.kernels.attention_tiles import (
     AttentionExtents,
     common_width,
     default_tile,
+    last_resort,
     lift_chunk,
     output_chunk,
     rank_padded,
     sram_bytes_of,
+    widened,
 )
 from flashsvd_compile.kernels.checks import validate_output
 from flashsvd_compile.kernels.primitives import (
     KERNEL_DTYPES,
     Described,
-    has_warpgroups,
     is_describable,
     is_empty,
     is_multiple,
@@ -26,6 +27,7 @@ from flashsvd_compile.kernels.primitives import (
     row_alignment,
     sram_bytes_of_device,
 )
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -41,8 +43,13 @@ def rank_space_attention(
     *,
     tile: TileConfig | None = None,
     out: Tensor | None = None,
+    sram_budget: int = 0,
 ) -> Tensor:
-    """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer."""
+    """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer.
+
+    Where operands lie in memory otherwise than ``tile`` was chosen for, another may be taken, of at
+    most ``sram_budget`` bytes of shared memory if that is given.
+    """
     shape, num_heads = of.shape, of.num_heads
     q, k, v, mask = of.q, of.k, of.v, of.mask
     if q.dtype not in KERNEL_DTYPES:
@@ -70,18 +77,21 @@ def rank_space_attention(
         extents = AttentionExtents(
             head_dim_qk=shape.head_dim_qk,
             head_dim_v=shape.head_dim_v,
-            rank_q=max(shape.rank_q, width),
-            rank_k=max(shape.rank_k, width),
-            rank_v=max(shape.rank_v, width),
+            rank_q=shape.rank_q,
+            rank_k=shape.rank_k,
+            rank_v=shape.rank_v,
             q_lifted=of.q_factor is not None,
             v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
             mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
             is_causal=of.is_causal,
-            has_warpgroups=has_warpgroups(q.device),
+            generation=generation_of(q.device),
             is_describable=can_be_described,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
+        sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
+        if is_widened:
+            extents = widened(extents)
         tile = _tile_that_fits(tile, extents, sram_bytes)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     # By axis: a division by the number of tiles would stand at the start of every program.
@@ -172,11 +182,12 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
 def _tile_that_fits(
     tile: TileConfig | None, extents: AttentionExtents, sram_bytes: int
 ) -> TileConfig:
-    """``tile``, which may have been chosen before it was known how operands lie, or the default."""
+    """``tile``, which may have been chosen before it was known how operands lie, or the default;
+    or, rather than none, one that spills registers."""
     is_legal = tile is not None and extents.can_be_described >= tile.is_described
     if tile is not None and is_legal and sram_bytes_of(tile, extents) <= sram_bytes:
         return tile
-    tile = default_tile(extents, sram_bytes)
+    tile = default_tile(extents, sram_bytes) or last_resort(extents, sram_bytes)
     if tile is None:
         raise ValueError(
             f"no attention tile of ranks {extents.rank_q}, {extents.rank_k}, {extents.rank_v} (q, "

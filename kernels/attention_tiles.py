@@ -1,8 +1,8 @@
 """Which tiles of the attention kernel fit, and which to take. Data only: imports no Triton."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from flashsvd_compile.kernels.tile_tables import Candidates, candidates
 from flashsvd_compile.kernels.tiles import TileConfig
 
 # tl.dot takes powers of two from 16 up.
@@ -28,67 +28,31 @@ MAX_REGISTER_ROW_BYTES = 1024
 # An element of a mask, where its dtype is not known yet: float32, the widest there is.
 MASK_BYTES = 4
 
-# Accumulators (32-bit registers of a thread) that leave room for q̃, probabilities and addresses
-# among 255: half of them. Exact float32 keeps the operands of its products there as well.
+# Accumulators (32-bit registers of a thread) of the scores and the latent output, and of q̃: what
+# leaves room for the other operands among 255. Of 600 kernels compiled for sm_86 and sm_90 with
+# triton 3.9.0, 2026-11-26 (ranks from 16 to 512, even and odd, with and without an added mask),
+# those within these limits and the rules below spill 72 registers at most, nearly all none; beyond,
+# up to 900. Exact float32 keeps the operands of its products in registers as well. Keys whose rows
+# do not begin at multiples of 4 bytes (an odd rank in 16 bits) are loaded element by element, whose
+# addresses take registers.
 MAX_ACCUMULATORS_16_BIT = 128
-MAX_ACCUMULATORS_32_BIT = 72
+MAX_ACCUMULATORS_32_BIT = 12
+MAX_QUERY_ACCUMULATORS_16_BIT = 128
+MAX_QUERY_ACCUMULATORS_ELEMENTWISE = 64
+MAX_QUERY_ACCUMULATORS_32_BIT = 8
+COPIED_BYTES = 4
 
-# Fastest first, then ever smaller, by the larger of the padded ranks of k and v. H100 80GB HBM3,
-# torch 2.11.0, triton 3.6.0, 2026-11-26, sweeps in bfloat16 from cold caches;
-# `python -m bench.attention --tiles` repeats them. Of 17 tiles the first of each list was the best
-# or within 2% of it: at ranks 32, 40 and 64 with 512 keys, a padding mask and without, at rank 32
-# with 2048, and at ranks 64 and 128 with 4096 (causal: within 6%). A cap on registers pays where
-# one more program then fits a multiprocessor.
-NARROW_RANK = 32
-WIDE_RANK = 64
-_SMALLER = (
-    TileConfig(64, 64, 8, 3),
-    TileConfig(64, 32, 4, 3),
-    TileConfig(64, 32, 4, 2),
-    TileConfig(64, 32, 8, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(32, 32, 8, 2),
-    TileConfig(16, 32, 4, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
-TILES_NARROW = (
-    TileConfig(128, 32, 4, 4, max_registers=128),
-    TileConfig(64, 32, 4, 4),
-    TileConfig(64, 64, 4, 3),
-    *_SMALLER,
-)
-TILES_WIDE = (
-    TileConfig(64, 64, 4, 3, is_described=True),
-    TileConfig(128, 32, 8, 4),
-    TileConfig(128, 32, 4, 4),
-    TileConfig(64, 32, 4, 4),
-    TileConfig(64, 64, 4, 3),
-    *_SMALLER,
-)
-TILES_WIDEST = (
-    TileConfig(64, 64, 4, 3, is_described=True),
-    TileConfig(64, 64, 4, 3),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(64, 32, 4, 4),
-    *_SMALLER,
-)
-# Under a causal mask the tiles of queries differ in length, and more, shorter programs fill the
-# device better: by 2 to 12% at ranks 16 and 64 with 1024 to 16384 keys (same H100, versions and
-# day, 11 tiles), within 1% at rank 32 with 4096. At rank 40 with 4096 keys, where latents do not
-# fill their padded tile, it cost 7%: there the list of all keys stays.
-TILES_NARROW_CAUSAL = (TileConfig(64, 64, 4, 3), *TILES_NARROW)
-TILES_WIDE_CAUSAL = (TILES_WIDE[0], TileConfig(64, 32, 4, 3), *TILES_WIDE[1:])
-# Exact float32 has no tensor core to feed; what fits its registers was sought, not measured.
-TILES_32_BIT = (
-    TileConfig(64, 32, 4, 2),
-    TileConfig(64, 32, 8, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(32, 32, 8, 2),
-    TileConfig(16, 32, 8, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
+# The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
+# beyond the second padded rank, whatever the tile; beyond the first for tiles of more queries than
+# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory.
+MAX_RANK_K_PADDED = 256
+EASY_RANK_K_PADDED = 128
+EASY_QUERIES = 32
+EASY_QUERIES_ELEMENTWISE = 16
+WARPGROUP_ROWS = 64
+
+# By which the planner and the launcher name this kernel's tables.
+KERNEL = "attention"
 
 
 def common_width(rank_q: int, rank_k: int, rank_v: int, element_bytes: int) -> int:
@@ -127,8 +91,7 @@ class AttentionExtents:
 
     ``q_lifted`` and ``v_lifted``: whether those have a factor. ``mask_bytes``: of an element of a
     mask that differs between queries, else 0. ``is_causal`` matters for speed alone.
-    ``has_warpgroups``: whether the device is a Hopper, whose matmuls of 64 rows find an operand in
-    registers that others read from shared memory. ``is_describable``: whether k and v may be read
+    ``generation`` of the device, as ``"sm_90"``; ``is_describable``: whether k and v may be read
     through tensor descriptors.
     """
 
@@ -142,15 +105,20 @@ class AttentionExtents:
     element_bytes: int
     mask_bytes: int = 0
     is_causal: bool = False
-    has_warpgroups: bool = False
+    generation: str = ""
     is_describable: bool = True
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether matmuls of 64 rows find an operand in registers: those of Hopper do."""
+        return self.generation == "sm_90"
 
     @property
     def can_be_described(self) -> bool:
         """Whether tensor descriptors may read P_k and P_v, in tiles that their ranks fill.
 
-        Others, padded on chip, took 15 to 60% longer than without descriptors (rank 40, same H100,
-        versions and day).
+        Others, padded on chip, took 15 to 60% longer than without descriptors (rank 40, H100 80GB
+        HBM3, torch 2.11.0, triton 3.6.0, 2026-11-26).
         """
         fills = all(rank == rank_padded(rank, self.width) for rank in (self.rank_k, self.rank_v))
         return self.is_describable and fills
@@ -206,31 +174,86 @@ def accumulators_of(tile: TileConfig, *, rank_v: int, width: int = MIN_EXTENT) -
     return tile.block_m * (rank_padded(rank_v, width) + tile.block_n) // (32 * tile.num_warps)
 
 
-def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Iterator[TileConfig]:
+def query_accumulators_of(tile: TileConfig, *, rank_k: int, width: int = MIN_EXTENT) -> int:
+    """Registers of one thread that hold q̃ while it is computed."""
+    return tile.block_m * rank_padded(rank_k, width) // (32 * tile.num_warps)
+
+
+def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
+    """Whether no more than a few registers are spilled to local memory."""
+    padded_k = rank_padded(of.rank_k, of.width)
+    if of.element_bytes == 4:
+        limit, query_limit = MAX_ACCUMULATORS_32_BIT, MAX_QUERY_ACCUMULATORS_32_BIT
+    else:
+        limit, query_limit = MAX_ACCUMULATORS_16_BIT, MAX_QUERY_ACCUMULATORS_16_BIT
+    easy_queries = EASY_QUERIES
+    if of.rank_k * of.element_bytes % COPIED_BYTES:
+        easy_queries = EASY_QUERIES_ELEMENTWISE
+        query_limit = min(query_limit, MAX_QUERY_ACCUMULATORS_ELEMENTWISE)
+    is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m <= easy_queries
+    is_easy = is_easy or (of.has_warpgroups and tile.block_m >= WARPGROUP_ROWS)
+    if padded_k > MAX_RANK_K_PADDED or not is_easy:
+        return False
+    # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
+    limit = min(limit, tile.max_registers // 2 or limit)
+    return (
+        query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
+        and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
+    )
+
+
+def traits_of(of: AttentionExtents) -> dict[str, int | bool]:
+    """What the tables distinguish calls by."""
+    rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
+    return {
+        "element_bytes": of.element_bytes,
+        "rank": rank,
+        "is_causal": of.is_causal,
+        "ranks_fill": of.rank_k == of.rank_v == rank,
+    }
+
+
+def candidate_tiles(of: AttentionExtents, sram_bytes: int) -> Candidates[TileConfig]:
     """The tiles that fit ``sram_bytes`` of shared memory a block and the registers, best first."""
-    limit = MAX_ACCUMULATORS_32_BIT if of.element_bytes == 4 else MAX_ACCUMULATORS_16_BIT
-    for tile in _preferred(of):
-        registers = accumulators_of(tile, rank_v=of.rank_v, width=of.width)
-        # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
-        allowed = min(limit, tile.max_registers // 2 or limit)
-        if tile.is_described and not (of.can_be_described and of.has_warpgroups):
-            continue
-        if sram_bytes_of(tile, of) <= sram_bytes and registers <= allowed:
-            yield tile
+    return candidates(
+        KERNEL, of.generation, traits_of(of), lambda tile: can_run(tile, of, sram_bytes)
+    )
 
 
 def default_tile(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
     """The first of `candidate_tiles`, or None where none fits."""
-    return next(candidate_tiles(of, sram_bytes), None)
+    return candidate_tiles(of, sram_bytes).first
 
 
-def _preferred(of: AttentionExtents) -> tuple[TileConfig, ...]:
-    if of.element_bytes == 4:
-        return TILES_32_BIT
-    rank = rank_padded(max(of.rank_k, of.rank_v), of.width)
-    if rank <= NARROW_RANK:
-        return TILES_NARROW_CAUSAL if of.is_causal else TILES_NARROW
-    if rank > WIDE_RANK:
-        return TILES_WIDEST
-    fills = of.rank_k == of.rank_v == rank
-    return TILES_WIDE_CAUSAL if of.is_causal and fills else TILES_WIDE
+def can_run(tile: TileConfig, of: AttentionExtents, sram_bytes: int) -> bool:
+    """Whether it fits ``sram_bytes`` of shared memory a block and the registers, and reads latents
+    as they may be read."""
+    fits = fits_registers(tile, of) and sram_bytes_of(tile, of) <= sram_bytes
+    return fits and tile.is_described <= of.can_be_described
+
+
+def last_resort(of: AttentionExtents, sram_bytes: int) -> TileConfig | None:
+    """The tile of fewest accumulators that fits ``sram_bytes``; what registers cannot hold is
+    spilled. None where none fits."""
+    fitting = candidates(
+        KERNEL,
+        of.generation,
+        traits_of(of),
+        lambda tile: sram_bytes_of(tile, of) <= sram_bytes and not tile.is_described,
+    ).tiles
+    return min(
+        fitting,
+        key=lambda tile: accumulators_of(tile, rank_v=max(of.rank_v, of.rank_k), width=of.width),
+        default=None,
+    )
+
+
+def widened(of: AttentionExtents) -> AttentionExtents:
+    """The call as it runs where the rank of an operand is not innermost in memory."""
+    width = SWIZZLE_BYTES // of.element_bytes
+    return replace(
+        of,
+        rank_q=max(of.rank_q, width),
+        rank_k=max(of.rank_k, width),
+        rank_v=max(of.rank_v, width),
+    )

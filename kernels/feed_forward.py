@@ -33,6 +33,7 @@ from flashsvd_compile.kernels.primitives import (
     sram_bytes_of_device,
 )
 from flashsvd_compile.kernels.tile_loads import load_bias
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 
@@ -144,6 +145,7 @@ def _default_tile(of: FeedForwardOperands) -> TileConfig:
         intermediate_size=of.intermediate_size,
         element_bytes=of.up.element_size(),
         sram_bytes=sram_bytes,
+        generation=generation_of(of.up.device),
     )
     if tile is None:
         raise ValueError(

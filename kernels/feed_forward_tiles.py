@@ -1,8 +1,11 @@
 """Which tiles a streamed feed-forward may have, and what they cost on chip. Imports no Triton.
 
-`default_tile` takes the first of an ordered list that fits the shared memory and the registers.
+`candidate_tiles` are those of an ordered list that fit the shared memory and the registers.
 """
 
+from typing import Any
+
+from flashsvd_compile.kernels.tile_tables import Candidates, candidates
 from flashsvd_compile.kernels.tiles import TileConfig
 
 # The tensor cores' least extent along a contraction.
@@ -16,47 +19,21 @@ STREAMED_CHUNK = 64
 # compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25.
 SRAM_SLACK_BYTES = 256
 
-# Accumulators (32-bit registers of a thread) beyond which ptxas spills. Of those 224 kernels, the
-# 16-bit ones spilled from 256 on and, resident latents given, not at 192; exact float32, which
-# keeps operands in registers too, mostly from 80 on and, without a gate, not at 72.
+# Accumulators (32-bit registers of a thread) beyond which ptxas spills a third of all registers or
+# more. Of 224 kernels compiled for sm_80 and sm_90 with triton 3.6.0, 2026-11-25, the 16-bit
+# ones spilled from 256 on and, resident latents given, not at 192. Rows that do not begin at
+# multiples of 4 bytes (an odd rank in 16 bits) are loaded element by element, whose addresses take
+# registers: with 8 warps those spilled up to 152, on sm_90 up to 10 at 80; with 4 warps up to 50 at
+# 96. Exact float32, which keeps operands in registers too, spilled 360 at 72, up to 78 at 48
+# (triton 3.9.0, 2026-11-26, the grid of tests/kernels/test_compiled_tiles.py).
 MAX_ACCUMULATORS_16_BIT = 192
-MAX_ACCUMULATORS_32_BIT = 72
+MAX_ACCUMULATORS_ELEMENTWISE = 96
+MAX_ACCUMULATORS_ELEMENTWISE_8_WARPS = {"sm_90": 80}  # others: none
+MAX_ACCUMULATORS_32_BIT = 48
+COPIED_BYTES = 4
 
-# Fastest first, then ever smaller: the first that fits is taken. H100 80GB HBM3, torch 2.11.0,
-# triton 3.6.0, 2026-11-25, `python -m bench.feed_forward_tiles` (bfloat16, 65536 rows, F 3072):
-# at ranks 64, 128 and 240 what is taken came within 2% of the best of all tiles.
-NARROW_RANK = 64
-_FALLBACK = (
-    TileConfig(64, 64, 4, 2),
-    TileConfig(64, 32, 4, 3),
-    TileConfig(64, 32, 4, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(16, 32, 4, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
-TILES_NARROW = (TileConfig(64, 64, 4, 3), *_FALLBACK)
-TILES_WIDE = (
-    TileConfig(128, 32, 8, 4),
-    TileConfig(128, 32, 8, 3),
-    TileConfig(64, 64, 4, 3),
-    *_FALLBACK,
-)
-TILES_WIDE_GATED = (
-    TileConfig(128, 64, 8, 3),
-    TileConfig(128, 32, 8, 4),
-    TileConfig(64, 32, 4, 3),
-    *_FALLBACK,
-)
-# Exact float32 has no tensor core to feed; only what fits its registers was sought, not measured.
-TILES_32_BIT = (
-    TileConfig(64, 32, 4, 2),
-    TileConfig(64, 32, 8, 2),
-    TileConfig(32, 32, 4, 2),
-    TileConfig(32, 32, 8, 2),
-    TileConfig(16, 16, 4, 2),
-    TileConfig(16, 16, 4, 1),
-)
+# By which the planner and the launcher name this kernel's tables.
+KERNEL = "feed_forward"
 
 # The largest of the ranks up to which streaming took less time than the unfused expression under
 # Inductor and than row blocks, in 16 bits at 65536 rows, F 3072; same H100, versions and day,
@@ -123,7 +100,38 @@ def accumulators_of(tile: TileConfig, *, gated: bool, rank_down: int) -> int:
     return tile.block_m * columns // (32 * tile.num_warps)
 
 
-def default_tile(
+def traits_of(
+    *, rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int, **_: int
+) -> dict[str, int | bool]:
+    """What the tables distinguish calls by."""
+    return {
+        "element_bytes": element_bytes,
+        "rank": rank_padded(max(rank_up, rank_gate or 0, rank_down)),
+        "is_gated": rank_gate is not None,
+    }
+
+
+def candidate_tiles(*, sram_bytes: int, generation: str = "", **shape: Any) -> Candidates:
+    """The tiles that `can_run` a call of ``shape``, best first.
+
+    ``generation`` of the device, as ``"sm_90"``.
+    """
+    traits = traits_of(**shape)
+    return candidates(
+        KERNEL,
+        generation,
+        traits,
+        lambda tile: can_run(tile, sram_bytes=sram_bytes, generation=generation, **shape),
+    )
+
+
+def default_tile(**shape: Any) -> TileConfig | None:
+    """The first of `candidate_tiles`, which takes the same arguments, or None where none fits."""
+    return candidate_tiles(**shape).first
+
+
+def can_run(
+    tile: TileConfig,
     *,
     rank_up: int,
     rank_gate: int | None,
@@ -131,29 +139,23 @@ def default_tile(
     intermediate_size: int,
     element_bytes: int,
     sram_bytes: int,
-) -> TileConfig | None:
-    """The preferred tile that fits, or None."""
+    generation: str = "",
+) -> bool:
+    """Whether it fits ``sram_bytes`` of shared memory a block and the registers, and is no wider
+    than the intermediate size."""
+    sram = sram_bytes_of(
+        tile,
+        rank_up=rank_up,
+        rank_gate=rank_gate,
+        rank_down=rank_down,
+        element_bytes=element_bytes,
+    )
+    ranks = (rank_up, rank_gate or 0, rank_down)
     limit = MAX_ACCUMULATORS_16_BIT if element_bytes == 2 else MAX_ACCUMULATORS_32_BIT
-    for tile in _preferred(rank_up, rank_gate, rank_down, element_bytes):
-        oversized = tile.block_n > rank_padded(intermediate_size)
-        registers = accumulators_of(tile, gated=rank_gate is not None, rank_down=rank_down)
-        sram = sram_bytes_of(
-            tile,
-            rank_up=rank_up,
-            rank_gate=rank_gate,
-            rank_down=rank_down,
-            element_bytes=element_bytes,
-        )
-        if not oversized and registers <= limit and sram <= sram_bytes:
-            return tile
-    return None
-
-
-def _preferred(
-    rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int
-) -> tuple[TileConfig, ...]:
-    if element_bytes == 4:
-        return TILES_32_BIT
-    if rank_padded(max(rank_up, rank_gate or 0, rank_down)) <= NARROW_RANK:
-        return TILES_NARROW
-    return TILES_WIDE if rank_gate is None else TILES_WIDE_GATED
+    if any(rank * element_bytes % COPIED_BYTES for rank in ranks):
+        limit = min(limit, MAX_ACCUMULATORS_ELEMENTWISE)
+        if tile.num_warps > 4:
+            limit = min(limit, MAX_ACCUMULATORS_ELEMENTWISE_8_WARPS.get(generation, 0))
+    registers = accumulators_of(tile, gated=rank_gate is not None, rank_down=rank_down)
+    is_oversized = tile.block_n > rank_padded(intermediate_size)
+    return not is_oversized and registers <= limit and sram <= sram_bytes

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_RESIDENT_RANK,
-    NARROW_RANK,
     SRAM_SLACK_BYTES,
     rank_padded,
 )
@@ -77,6 +76,8 @@ _FALLBACK = (
     WholeTile(16, 32, 4, 2, block_k=32, block_o=32),
     WholeTile(16, 16, 4, 1, block_k=16, block_o=16),
 )
+# By the largest padded rank.
+NARROW_RANK = 64
 TILES_NARROW = (WholeTile(64, 64, 4, 3), *_FALLBACK)
 TILES_WIDE = (WholeTile(128, 32, 8, 3), *TILES_NARROW)
 TILES_32_BIT = (

@@ -16,6 +16,7 @@ SRAM_SLACK_BYTES = 64
 # of nine tiles each: with a SiLU gate of rank 1024, 4224 × 11008, one kernel 0.339 ms, library
 # matmuls and one pass 0.366; of rank 384, 16384 × 3072, 0.194 and 0.245; GELU 0.331 and 0.386 (8448
 # rows), 0.099 and 0.140. At rank 1496 libraries win, 0.440 against 0.531.
+GENERATION = "sm_90"
 FASTEST_UP_TO_RANK = 1024
 NARROW_RANK = 384
 TILE_NARROW = TileConfig(128, 128, 4, 3)
@@ -30,13 +31,13 @@ def sram_bytes_of(tile: TileConfig) -> int:
 
 
 def default_tile(
-    ranks: Sequence[int], *, element_bytes: int, has_warpgroups: bool, sram_bytes: int
+    ranks: Sequence[int], *, element_bytes: int, generation: str, sram_bytes: int
 ) -> TileConfig | None:
     """The fastest tile that fits, or None where library matmuls are faster (or were never beaten).
 
-    ``ranks`` of up and gate; ``has_warpgroups``: whether the device is a Hopper.
+    ``ranks`` of up and gate; ``generation`` of the device, as ``"sm_90"``.
     """
-    if not has_warpgroups or element_bytes != 2 or max(ranks) > FASTEST_UP_TO_RANK:
+    if generation != GENERATION or element_bytes != 2 or max(ranks) > FASTEST_UP_TO_RANK:
         return None
     wanted = [TILE_NARROW] if max(ranks) <= NARROW_RANK else [TILE_WIDE, TILE_NARROW]
     return next((tile for tile in wanted if sram_bytes_of(tile) <= sram_bytes), None)

@@ -140,12 +140,6 @@ def multiprocessors_of_device(device: torch.device, otherwise: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def has_warpgroups(device: torch.device) -> bool:
-    """Whether matmuls of 64 rows find an operand in registers: those of Hopper do."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def is_traced(tensor: Tensor) -> bool:
     """Whether a compiler traces it, so that it has a shape but no memory."""
     return isinstance(tensor, (FunctionalTensor, FakeTensor))

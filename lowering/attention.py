@@ -23,7 +23,9 @@ from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite
 
 
-def lower_attention(site: AttentionSite, builder: Builder, tile: Sequence[int]) -> fx.Node:
+def lower_attention(
+    site: AttentionSite, builder: Builder, tile: Sequence[int], sram_budget: int
+) -> fx.Node:
     """Write the site in rank space; returns the node that stands for ``site.node``."""
     query, key, val = site.query, site.key, site.value
     mask = _mask(site, builder)
@@ -44,6 +46,7 @@ def lower_attention(site: AttentionSite, builder: Builder, tile: Sequence[int]) 
         is_causal=site.is_causal or mask.is_causal,
         scale=scale,
         tile=list(tile),
+        sram_budget=sram_budget,
     )
     result = builder.times(result, val.scale)
     labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))

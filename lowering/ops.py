@@ -24,6 +24,7 @@ from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import MatmulTile
 from flashsvd_compile.kernels.tiles import TileConfig
+from flashsvd_compile.lowering.tiled import TILED, Cut, TiledOperator
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
@@ -53,10 +54,14 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
-# blocks, says that library matmuls lift.
+# blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
+# launcher to choose by; 0 for what the device has.
 _LIBRARY.define(
     "rank_space_attention"
-    + _schema(_ATTENTION_TENSORS, "int num_heads, bool is_causal, float scale, int[] tile")
+    + _schema(
+        _ATTENTION_TENSORS,
+        "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0",
+    )
 )
 _LIBRARY.define(
     "streamed_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int[] tile")
@@ -91,15 +96,20 @@ def _tile(tile: Sequence[int]) -> TileConfig | None:
     return TileConfig(*tile) if tile else None
 
 
-def _attention_on_library(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
-    del tile
+def _attention_on_library(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
+    del tile, sram_budget
     return rank_space_attention_library(_attention_operands(tensors, numbers))
 
 
-def _attention_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+def _attention_on_triton(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
     from flashsvd_compile.kernels.attention import rank_space_attention as launch
 
-    return launch(_attention_operands(tensors, numbers), tile=_tile(tile))
+    of = _attention_operands(tensors, numbers)
+    return launch(of, tile=_tile(tile), sram_budget=sram_budget)
 
 
 def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
@@ -329,4 +339,23 @@ def _siblings_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
 
 torch.library.register_autograd(
     "flashsvd::sibling_linears", _siblings_backward, setup_context=_keep_siblings, lib=_LIBRARY
+)
+
+
+# ---- operators with a tile ----------------------------------------------------------------------
+
+TILED["rank_space_attention"] = TiledOperator(
+    _ATTENTION_TENSORS,
+    lambda tensors, numbers: lifted_attention(
+        _attention_operands(tensors, {k: v for k, v in numbers.items() if k != "sram_budget"})
+    ),
+    # of the output's batch and queries
+    cuts=(Cut(0, {"q": 0, "k": 0, "v": 0, "mask": 0}, 1), Cut(2, {"q": 2, "mask": 2}, 128)),
+    sizes={"q": 3, "k": 3, "v": 3, "mask": 4},
+)
+TILED["streamed_feed_forward"] = TiledOperator(
+    _FEED_FORWARD_TENSORS,
+    lambda tensors, numbers: unfused_feed_forward(_feed_forward_operands(tensors, numbers)),
+    cuts=(Cut(0, {"up": 0, "gate": 0}, 512),),
+    sizes={"up": 1, "gate": 1},
 )

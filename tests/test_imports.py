@@ -66,7 +66,7 @@ ARROWS = {
     "explanation": ["report", "pipeline", "options"],
     "report": ["pipeline", "analysis", "planner", "reason"],
     "fingerprint": ["options"],
-    "pipeline": ["normalize", "analysis", "planner", "lowering", "options", "reason"],
+    "pipeline": ["normalize", "analysis", "planner", "lowering", "tuning", "options", "reason"],
     "normalize": [],
     "options": [],
     "reason": [],
@@ -76,7 +76,9 @@ ARROWS = {
         "kernels.attention_tiles", "kernels.chain_tiles", "kernels.feed_forward_tiles",
         "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
         "kernels.feed_forward_blocks", "kernels.siblings_tiles", "kernels.tiles",
+        "kernels.tile_tables",
     ],
+    "tuning": ["tuning", "analysis", "lowering.tiled"],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
     "compress": ["compress"],
@@ -110,7 +112,7 @@ def test_kernels_import_torch_and_triton_only():
 
 
 def test_lowerings_do_not_import_each_other():
-    shared = {"lowering.ops", "lowering.builder"}
+    shared = {"lowering.ops", "lowering.builder", "lowering.tiled"}
     for name in _within("lowering"):
         others = {m for m in _own(name) if m.startswith("lowering.")} - shared
         assert others == set(), name

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashsvd_compile.options import Options, OptionsError
+from flashsvd_compile.options import Options, OptionsError, cache_directory
 
 RIGHT = {
     "nothing": ({}, {}),
@@ -22,6 +22,9 @@ RIGHT = {
     "bytes_binary": ({"sram_budget": "99KiB"}, {"sram_budget": 99 * 1024}),
     "bytes_decimal": ({"sram_budget": "1.5 MB"}, {"sram_budget": 1_500_000}),
     "bytes_none": ({"sram_budget": None}, {"sram_budget": None}),
+    "autotune_on": ({"autotune": True}, {"autotune": True}),
+    "autotune_off": ({"autotune": False}, {"autotune": False}),
+    "autotune_auto": ({"autotune": "auto"}, {}),
     "path": ({"debug_dir": "some/where"}, {"debug_dir": Path("some/where")}),
     "dash": ({"sram-budget": 64}, {"sram_budget": 64}),
     "inductor": ({"max_autotune": True}, {"inductor": {"max_autotune": True}}),
@@ -37,6 +40,8 @@ WRONG = {
     "chain": ({"chain": "row_blocks"}, ["value of chain 'row_blocks'", "streamed", "unfused"]),
     "siblings": ({"siblings": "fused"}, ["'fused'", "'unfused'", "merged"]),
     "value_type": ({"compiler": 3}, ["compiler", "3", "aot_eager"]),
+    "autotune_word": ({"autotune": "yes"}, ["autotune", "'yes'", "auto", "True", "False"]),
+    "autotune_number": ({"autotune": 1}, ["autotune", "1", "True"]),
     "unit": ({"sram_budget": "99KoB"}, ["sram_budget", "'KoB'", "KB"]),
     "no_number": ({"sram_budget": "KiB"}, ["sram_budget", "99KiB"]),
     "zero": ({"sram_budget": 0}, ["at least one byte"]),
@@ -84,3 +89,34 @@ def test_frozen():
         options.attention = "unfused"
     with pytest.raises(TypeError):
         options.inductor["max_autotune"] = False
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "times_unknown", "times_measured"),
+    [
+        ({}, None, True, False),
+        ({"autotune": False}, None, False, False),
+        ({"autotune": True}, None, True, True),
+        (None, "max-autotune", True, True),
+        (None, "reduce-overhead", True, False),
+        ({"max_autotune": True}, None, True, True),
+        ({"max_autotune": True, "autotune": False}, None, False, False),
+    ],
+)
+def test_when_tiles_are_timed(given, mode, times_unknown, times_measured):
+    options = Options.parse(given, mode)
+    assert options.times_tiles(is_measured=False) == times_unknown
+    assert options.times_tiles(is_measured=True) == times_measured
+
+
+def test_where_measurements_are_kept(monkeypatch):
+    for name in ("FLASHSVD_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_directory() == Path("/home/me/.cache/flashsvd_compile")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache_directory() == Path("/caches/flashsvd_compile")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch/inductor")
+    assert cache_directory() == Path("/scratch/inductor/flashsvd")
+    monkeypatch.setenv("FLASHSVD_CACHE_DIR", "/scratch/own")
+    assert cache_directory() == Path("/scratch/own")

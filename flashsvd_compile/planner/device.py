@@ -5,13 +5,15 @@ from functools import cache
 
 import torch
 
+from flashsvd_compile.kernels.tile_tables import generation_of
+
 
 @dataclass(frozen=True)
 class Device:
     """Rates are what large library operators reach, not what a datasheet promises.
 
     ``sram_bytes``: shared memory that one block may use (0 where no kernel is launched).
-    ``has_warpgroups``: whether matmuls of 64 rows find an operand in registers (Hopper).
+    ``generation``: as tables of tiles name it, ``"sm_90"``; empty where no kernel is launched.
     ``macs_per_s``: multiply-adds a second of a large matmul, by bytes an element.
     ``exps_per_s``: softmax elements a second. ``bytes_per_s``: copy, read plus written.
     ``launch_s``: the least time of one operator. ``multiprocessors``: blocks that run at once.
@@ -24,7 +26,7 @@ class Device:
     exps_per_s: float
     bytes_per_s: float
     launch_s: float
-    has_warpgroups: bool = False
+    generation: str = ""
     multiprocessors: int = 0
 
 
@@ -57,6 +59,6 @@ def device_for(device: torch.device) -> Device:
         _EXPS_A_CLOCK * properties.multi_processor_count * _CLOCK,
         _HOPPER_BYTES * share,
         4e-6,
-        has_warpgroups=properties.major == 9,
+        generation=generation_of(device),
         multiprocessors=properties.multi_processor_count,
     )

@@ -1,7 +1,7 @@
 """For each site the cheapest legal lowering. ``unfused`` always competes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -28,6 +28,7 @@ from flashsvd_compile.kernels import (
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.tiling import Tiling, only_tile, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 
@@ -36,9 +37,9 @@ class Plan:
     """How a site will run.
 
     ``site`` may differ from the one found: arms that are cheaper lifted are dense in it.
-    ``tile`` (block_m, block_n, num_warps, num_stages) or ``block_rows`` where the lowering has
-    them. ``transient_bytes`` is what the site will hold at full width, ``unfused_bytes`` what it
-    held; formulas of the graph's symbols.
+    ``tile`` (the fields of a kernel's tile) or ``block_rows`` where the lowering has them;
+    ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the site
+    will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
     """
 
     site: Site
@@ -46,9 +47,16 @@ class Plan:
     reason: Reason
     transient_bytes: Size = sympy.S.Zero
     unfused_bytes: Size = sympy.S.Zero
-    tile: tuple[int, ...] = ()
+    tiling: Tiling | None = None
     block_rows: int = 0
-    sram_bytes: int = 0
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        return () if self.tiling is None else self.tiling.tile
+
+    @property
+    def sram_bytes(self) -> int:
+        return 0 if self.tiling is None else self.tiling.sram_bytes
 
     @property
     def node(self) -> fx.Node:
@@ -113,9 +121,9 @@ def _plan_attention(
     why_not: Reason | None = None
     for names in _subsets(list(lifts)):
         candidate = _dense_but(site, names)
-        tile, sram, problem = _attention_tile(candidate, device, options)
-        if problem is not None:
-            why_not = problem
+        tiling = _attention_tiling(candidate, device, options)
+        if isinstance(tiling, Reason):
+            why_not = tiling
             continue
         found = cost.attention_cost(candidate, device, hints)
         seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
@@ -123,7 +131,7 @@ def _plan_attention(
             best_seconds = seconds
             reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")
             best = Plan(candidate, "rank_space", reason, found.transient_bytes,
-                        base.transient_bytes, tile, sram_bytes=sram)  # fmt: skip
+                        base.transient_bytes, tiling)  # fmt: skip
     if best.lowering == "unfused" and why_not is not None:
         return replace(best, reason=why_not)
     return best
@@ -147,11 +155,14 @@ def _all_dense(site: AttentionSite) -> AttentionSite:
     return _dense_but(site, ())
 
 
-def _attention_tile(
+def _attention_tiling(
     site: AttentionSite, device: Device, options: Options
-) -> tuple[tuple[int, ...], int, Reason | None]:
+) -> Tiling | Reason | None:
+    """None where no kernel is launched."""
     if device.type != "cuda":
-        return (), 0, None
+        return None
+    if (problem := _check_dtype(site)) is not None:
+        return problem
     query, key, value = site.query, site.key, site.value
     extents = attention_tiles.AttentionExtents(
         head_dim_qk=query.width_size,
@@ -164,14 +175,19 @@ def _attention_tile(
         element_bytes=site.dtype.itemsize,
         mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
         is_causal=site.is_causal,
-        has_warpgroups=device.has_warpgroups,
+        generation=device.generation,
     )
     sram = _sram(device, options)
-    tile = attention_tiles.default_tile(extents, sram)
-    if tile is None:
+    found = attention_tiles.candidate_tiles(extents, sram)
+    tiling = tiling_of(found, lambda tile: attention_tiles.sram_bytes_of(tile, extents), sram)
+    # How operands will lie in memory is not known yet: the launcher must find a tile in any case.
+    if (
+        tiling is None
+        or attention_tiles.last_resort(attention_tiles.widened(extents), sram) is None
+    ):
         ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
-        return (), 0, reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
-    return astuple(tile), attention_tiles.sram_bytes_of(tile, extents), None
+        return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    return tiling
 
 
 # ---- feed-forward -------------------------------------------------------------------------------
@@ -206,6 +222,8 @@ def _plan_feed_forward(
 def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:
     if device.type != "cuda":
         return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    if (problem := _check_dtype(site)) is not None:
+        return problem
     shape: dict[str, Any] = {
         "rank_up": site.up.rank_size,
         "rank_gate": site.gate.rank_size if site.gate else None,
@@ -214,13 +232,15 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
     }
     sram = _sram(device, options)
     width = int(volume(site.width))
-    tile = feed_forward_tiles.default_tile(**shape, intermediate_size=width, sram_bytes=sram)
-    if tile is None:
+    found = feed_forward_tiles.candidate_tiles(
+        **shape, intermediate_size=width, sram_bytes=sram, generation=device.generation
+    )
+    tiling = tiling_of(found, lambda tile: feed_forward_tiles.sram_bytes_of(tile, **shape), sram)
+    if tiling is None:
         ranks = f"ranks {shape['rank_up']} in, {shape['rank_down']} out"
         return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
     reason = reason_at(site.node, Code.PLANNED, "the intermediate stays on chip")
-    used = feed_forward_tiles.sram_bytes_of(tile, **shape)
-    return Plan(site, "streamed", reason, tile=astuple(tile), sram_bytes=used)
+    return Plan(site, "streamed", reason, tiling=tiling)
 
 
 def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:
@@ -243,7 +263,7 @@ def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> 
         return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
     reason = reason_at(site.node, Code.PLANNED, "neither latents nor the intermediate leave chip")
     used = feed_forward_whole_tiles.sram_bytes_of(tile, extents)
-    return Plan(site, "streamed_whole", reason, tile=astuple(tile), sram_bytes=used)
+    return Plan(site, "streamed_whole", reason, tiling=only_tile(tile, used, sram))
 
 
 def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
@@ -252,8 +272,8 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
     tile = lifted_activation_tiles.default_tile(
         [arm.rank_size for arm in arms],
         element_bytes=element,
-        has_warpgroups=device.has_warpgroups,
-        sram_bytes=_sram(device, options),
+        generation=device.generation,
+        sram_bytes=(sram := _sram(device, options)),
     )
     rows = feed_forward_blocks.default_block_rows(
         rank_down=int(volume(site.out)), device=site.device, at_once=tile is not None
@@ -261,10 +281,10 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
     buffers = len(arms) if tile is None else 1
     held = sympy.Min(rows, volume(site.tokens)) * width * element * buffers
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
-    if tile is None:
-        return Plan(site, "row_blocks", reason, held, block_rows=rows)
-    return Plan(site, "row_blocks", reason, held, tile=astuple(tile), block_rows=rows,
-                sram_bytes=lifted_activation_tiles.sram_bytes_of(tile))  # fmt: skip
+    tiling = None
+    if tile is not None:
+        tiling = only_tile(tile, lifted_activation_tiles.sram_bytes_of(tile), sram)
+    return Plan(site, "row_blocks", reason, held, tiling=tiling, block_rows=rows)
 
 
 # ---- chain --------------------------------------------------------------------------------------
@@ -315,7 +335,7 @@ def _streamed_chain(
     reason = reason_at(site.node, Code.PLANNED, "the latent stays on chip")
     used = chain_tiles.sram_bytes_of(tile, rank=site.rank, element_bytes=element)
     return Plan(site, "streamed", reason, unfused_bytes=rows * site.rank * element,
-                tile=astuple(tile), sram_bytes=used)  # fmt: skip
+                tiling=only_tile(tile, used, sram))  # fmt: skip
 
 
 def _not_measured(site: Site) -> Reason:
@@ -337,6 +357,13 @@ def _why_chain_stays(site: ChainSite) -> Reason:
 
 def _lost(site: Site, rivals: str) -> Reason:
     return reason_at(site.node, Code.NOT_PROFITABLE, f"{rivals} would be slower here")
+
+
+def _check_dtype(site: Site) -> Reason | None:
+    """Kernels accumulate in float32, which is no more than float64 is rounded to."""
+    if site.dtype.itemsize <= 4:
+        return None
+    return reason_at(site.node, Code.DTYPE, f"{site.dtype} on a GPU", "at most 32 bits")
 
 
 def _sram(device: Device, options: Options) -> int:

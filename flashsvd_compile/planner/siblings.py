@@ -1,7 +1,6 @@
 """Whether down-projections that read the same activations run as one launch."""
 
 from collections.abc import Mapping
-from dataclasses import astuple
 
 import torch
 
@@ -16,6 +15,7 @@ from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import UNKNOWN_SIZE
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.planner.tiling import only_tile
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +48,7 @@ def plan_siblings(
     if tile is None:
         return Plan(site, "unfused", reason_at(site.node, Code.SRAM, "no tile", f"{sram} bytes"))
     used = sram_bytes_of(tile, element)
-    return Plan(site, "merged", reason, tile=astuple(tile), sram_bytes=used)
+    return Plan(site, "merged", reason, tiling=only_tile(tile, used, sram))
 
 
 def _check_profit(site: SiblingsSite, device: Device, rows: int) -> Reason | None:

@@ -8,7 +8,7 @@ import torch
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
-from flashsvd_compile.kernels.attention_tiles import TILES_NARROW, TILES_WIDE
+from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,6 +21,16 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = (1, 17, 128, 513, 4097)
 RANKS = (1, 8, 15, 16, 37, 40, 64, 96, 128)
 HEAD_DIMS = (32, 40, 64, 80, 96, 128, 256)
+
+TILES = sorted(
+    {
+        TileConfig(*fields)
+        for generation in ("sm_90", "portable")
+        for table in tables_of("attention", generation)
+        for fields in table.tiles
+    },
+    key=str,
+)
 
 
 def random_operands(
@@ -192,7 +202,7 @@ def test_dense_operands(lifted):
     assert_right(*random_operands(torch.bfloat16, lifted=lifted, head_dims=(96, 40), keys=77))
 
 
-@pytest.mark.parametrize("tile", dict.fromkeys([*TILES_NARROW, *TILES_WIDE]), ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(tile):
     operands = random_operands(
         torch.bfloat16, queries=300, keys=200, ranks=(40, 64, 37), is_causal=True, mask=padding
@@ -268,7 +278,7 @@ def test_operands_whose_rank_is_not_innermost(transposed, rank):
         if transposed in (name, "all"):
             operands[name] = operands[name].transpose(-1, -2).contiguous().transpose(-1, -2)
     latents = [operands.pop(name) for name in "qkv"]
-    for tile in (TILES_NARROW[0], TILES_NARROW[1]):
+    for tile in (TileConfig(128, 32, 4, 4, 128), TileConfig(64, 32, 4, 4)):
         assert_right(latents, operands, tile=tile)
 
 

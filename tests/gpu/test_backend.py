@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-FORCED = {"attention": "rank_space", "feed_forward": "streamed"}
+FORCED = {"attention": "rank_space", "feed_forward": "streamed", "autotune": False}
 
 
 def bert(attention: str = "sdpa") -> BertModel:

@@ -9,13 +9,9 @@ from flashsvd_compile.kernels.feed_forward import _feed_forward_kernel, streamed
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
-from flashsvd_compile.kernels.feed_forward_tiles import (
-    TILES_NARROW,
-    TILES_WIDE,
-    TILES_WIDE_GATED,
-    sram_bytes_of,
-)
+from flashsvd_compile.kernels.feed_forward_tiles import sram_bytes_of
 from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_WIDE
+from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -24,6 +20,16 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+TILES = sorted(
+    {
+        TileConfig(*fields)
+        for generation in ("sm_90", "portable")
+        for table in tables_of("feed_forward", generation)
+        for fields in table.tiles
+    },
+    key=str,
+)
 
 
 def random_operands(rows, rank, intermediate, rank_down, dtype, rank_gate=None, bias=True):
@@ -100,9 +106,7 @@ def test_bert_ranks(rank_gate, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "tile", sorted({*TILES_NARROW, *TILES_WIDE, *TILES_WIDE_GATED}, key=str), ids=str
-)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_default_tile(tile, dtype):
     """At the rank the wide ones were measured at, with ragged rows and intermediate size."""
     operands = random_operands(331, 120, 1000, 100, dtype, rank_gate=128)

@@ -25,17 +25,13 @@ from flashsvd_compile.kernels import (
     siblings,
 )
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
-from flashsvd_compile.kernels.attention_tiles import (
-    TILES_NARROW,
-    TILES_NARROW_CAUSAL,
-    TILES_WIDEST,
-)
 from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands
 from flashsvd_compile.kernels.siblings_tiles import TILES, TILES_FEW_ROWS
+from flashsvd_compile.kernels.tile_tables import candidates
 from flashsvd_compile.kernels.tiles import TileConfig
 
 pytestmark = [
@@ -128,6 +124,14 @@ def uniform_registers(text: str) -> tuple[set[int], set[int]]:
     return read, written
 
 
+def preferred(rank: int, is_causal: bool = False) -> TileConfig:
+    """What a Hopper takes first for ranks that fill ``rank``."""
+    traits = {"element_bytes": 2, "rank": rank, "is_causal": is_causal, "ranks_fill": True}
+    tile = candidates("attention", "sm_90", traits, lambda tile: True).first
+    assert tile is not None
+    return tile
+
+
 def compiled_by(kernel, call: Callable[[], object]) -> list[bytes]:
     """Machine code of what ``call`` launches."""
     cache = kernel.device_caches[torch.cuda.current_device()][0]
@@ -158,16 +162,17 @@ def test_reads_of_unwritten_registers_are_found():
 @pytest.mark.parametrize(
     ("rank", "tile"),
     [
-        (32, replace(TILES_NARROW[0], max_registers=0)),  # as Inductor launches it
-        (32, TILES_NARROW[0]),
-        (32, TILES_NARROW_CAUSAL[0]),
+        (32, replace(preferred(32), max_registers=0)),  # as Inductor launches it
+        (32, preferred(32)),
+        (16, preferred(16, is_causal=True)),
         (40, TileConfig(128, 32, 8, 4)),
         (64, TileConfig(64, 32, 4, 3)),
         (32, TileConfig(64, 64, 4, 3, is_described=True)),
         (64, TileConfig(64, 64, 4, 3, is_described=True)),
         (128, TileConfig(64, 64, 4, 3, is_described=True)),
+        (128, TileConfig(64, 32, 4, 4, is_described=True)),
         (40, TileConfig(128, 64, 8, 3)),
-        (96, TILES_WIDEST[0]),
+        (96, preferred(128)),
     ],
     ids=str,
 )

@@ -11,7 +11,9 @@ from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
-from flashsvd_compile.kernels.primitives import launch
+from flashsvd_compile.kernels.attention_tiles import AttentionExtents, sram_bytes_of, widened
+from flashsvd_compile.kernels.primitives import launch, sram_bytes_of_device
+from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend
 
@@ -500,3 +502,21 @@ def test_shape_of_operands():
     assert (shape.batch, shape.num_heads, shape.queries, shape.keys) == (2, 2, 19, 37)
     assert (shape.head_dim_qk, shape.head_dim_v) == (32, 40)
     assert (shape.rank_q, shape.rank_k, shape.rank_v) == (8, 15, 37)
+
+
+@pytest.mark.parametrize("budget", [0, 16, 24, 48, 99])
+def test_a_tile_that_is_chosen_again_keeps_the_budget(budget, monkeypatch):
+    """Operands whose rank is not innermost in memory take more than the planner could foresee."""
+    launched = []
+    monkeypatch.setattr(attention, "launch", lambda *given, **_: launched.append(given[2]))
+    latents, keywords = operands(ranks=(8, 8, 8))
+    keywords["k_factor"] = keywords["k_factor"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    of = AttentionOperands(*latents, **keywords)
+    budget_bytes = budget * 1024
+    rank_space_attention(of, tile=TileConfig(128, 64, 8, 3), sram_budget=budget_bytes)
+    (tile,) = launched
+    extents = AttentionExtents(
+        32, 32, 8, 8, 8, True, True, of.q.element_size(), generation=generation_of(of.q.device)
+    )
+    most = sram_bytes_of_device(of.q.device, attention.INTERPRETER_SRAM_BYTES)
+    assert sram_bytes_of(tile, widened(extents)) <= (budget_bytes or most)

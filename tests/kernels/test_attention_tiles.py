@@ -10,9 +10,12 @@ from flashsvd_compile.kernels.attention_tiles import (
     candidate_tiles,
     common_width,
     default_tile,
+    last_resort,
     lift_chunk,
+    query_accumulators_of,
     rank_padded,
     sram_bytes_of,
+    widened,
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -26,7 +29,7 @@ BERT = AttentionExtents(
     q_lifted=True,
     v_lifted=True,
     element_bytes=2,
-    has_warpgroups=True,
+    generation="sm_90",
 )
 
 
@@ -57,7 +60,7 @@ def test_every_budget_has_a_tile_within_it(rank, sram_kib, element_bytes):
     case = of_rank(rank, element_bytes=element_bytes, mask_bytes=4)
     if (rank, element_bytes, sram_kib) in {(96, 4, 48), (128, 4, 48), (96, 4, 64), (128, 4, 64)}:
         pytest.skip("a chunk of V_v alone takes it")
-    tiles = list(candidate_tiles(case, sram_kib * KIB))
+    tiles = candidate_tiles(case, sram_kib * KIB).tiles
     assert tiles[0] == default_tile(case, sram_kib * KIB)
     assert len(set(tiles)) == len(tiles)
     assert all(sram_bytes_of(t, case) <= sram_kib * KIB for t in tiles)
@@ -68,14 +71,15 @@ def test_measured_best_tiles_come_first_on_a_large_gpu():
     assert default_tile(of_rank(40), 227 * KIB) == TileConfig(128, 32, 8, 4)
     described = TileConfig(64, 64, 4, 3, is_described=True)
     assert default_tile(of_rank(64), 227 * KIB) == described
-    assert default_tile(of_rank(128), 227 * KIB) == described
+    assert default_tile(of_rank(32, is_causal=True), 227 * KIB) == described
+    assert default_tile(of_rank(128), 227 * KIB) == TileConfig(64, 32, 4, 4, is_described=True)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"is_describable": False},
-        {"has_warpgroups": False},
+        {"generation": "sm_80"},
         {"rank_k": 40},
         {"rank_v": 48},
         {"rank_k": 32},
@@ -84,14 +88,14 @@ def test_measured_best_tiles_come_first_on_a_large_gpu():
 )
 def test_tiles_are_described_only_where_that_is_possible(change):
     case = replace(of_rank(64), **change)
-    tiles = list(candidate_tiles(case, 227 * KIB))
+    tiles = candidate_tiles(case, 227 * KIB).tiles
     assert tiles
     assert not any(tile.is_described for tile in tiles)
 
 
 def test_registers_are_not_capped_below_what_the_accumulators_need():
     for rank in (96, 128, 257):
-        for tile in candidate_tiles(of_rank(rank), 227 * KIB):
+        for tile in candidate_tiles(of_rank(rank), 227 * KIB).tiles:
             assert tile.max_registers == 0 or tile.block_m * (128 + tile.block_n) <= (
                 tile.max_registers // 2 * 32 * tile.num_warps
             )
@@ -147,3 +151,39 @@ def test_causal_programs_are_shorter_where_ranks_fill_their_tiles():
     assert default_tile(replace(ragged, is_causal=True), 227 * KIB) == default_tile(
         ragged, 227 * KIB
     )
+
+
+GENERATIONS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", ""]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("rank_k", [257, 300, 512])
+def test_keys_that_no_registers_hold_are_refused(rank_k, generation):
+    """As with ranks 257, 257 and 1, whose program spilled 290 registers."""
+    case = replace(of_rank(rank_k, generation=generation), rank_v=1, head_dim_v=256, mask_bytes=4)
+    assert candidate_tiles(case, 227 * KIB).tiles == ()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("rank_k", [129, 200, 256])
+def test_wide_keys_take_short_tiles_of_queries_but_on_a_hopper(rank_k, generation):
+    case = replace(of_rank(rank_k, generation=generation), rank_v=64)
+    tiles = candidate_tiles(case, 227 * KIB).tiles
+    assert tiles
+    assert generation == "sm_90" or max(tile.block_m for tile in tiles) <= (
+        16 if rank_k % 2 else 32
+    )
+    most = max(query_accumulators_of(tile, rank_k=rank_k) for tile in tiles)
+    assert most <= (64 if rank_k % 2 else 128)
+
+
+def test_what_registers_do_not_hold_runs_as_a_last_resort():
+    tile = last_resort(of_rank(257), 227 * KIB)
+    assert sram_bytes_of(tile, of_rank(257)) <= 227 * KIB
+    assert last_resort(of_rank(257), 16 * KIB) is None
+
+
+def test_widened_operands_are_padded_to_a_row_of_the_swizzle():
+    case = replace(BERT, rank_q=8, rank_k=40, rank_v=200)
+    assert widened(case) == replace(case, rank_q=64, rank_k=64, rank_v=200)
+    assert widened(replace(case, element_bytes=4)).rank_q == 32

@@ -6,6 +6,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_RESIDENT_RANK,
     STREAMED_CHUNK,
     accumulators_of,
+    candidate_tiles,
     default_tile,
     rank_chunk,
     rank_padded,
@@ -79,3 +80,21 @@ def test_nothing_fits(rank_down, sram_bytes):
         sram_bytes=sram_bytes,
     )
     assert tile is None
+
+
+@pytest.mark.parametrize("generation", ["sm_80", "sm_86", "sm_90", "sm_120", ""])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("rank", [37, 101, 201])
+def test_rows_that_are_loaded_element_by_element_leave_registers_for_addresses(
+    rank, gated, generation
+):
+    shape = {"rank_up": rank, "rank_gate": rank if gated else None, "rank_down": rank}
+    found = candidate_tiles(
+        **shape, element_bytes=2, intermediate_size=3072, sram_bytes=227 * KIB,
+        generation=generation,
+    )  # fmt: skip
+    assert found.tiles
+    for tile in found.tiles:
+        registers = accumulators_of(tile, gated=gated, rank_down=rank)
+        assert registers <= 96
+        assert tile.num_warps <= 4 or (generation == "sm_90" and registers <= 80)

@@ -17,9 +17,7 @@ from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.plan import drop_taken, plan_site
 from flashsvd_compile.reason import Code
 
-HOPPER = Device(
-    "h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6, multiprocessors=132
-)
+HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6, "sm_90", 132)
 CPU = device_for(torch.device("cpu"))
 
 
@@ -144,6 +142,32 @@ def test_tiles_keep_an_sram_budget(budget):
         assert 0 < plan.sram_bytes <= limit
 
 
+@pytest.mark.parametrize("generation", ["sm_86", "sm_90"])
+def test_ranks_that_no_registers_hold_are_lifted_before(generation):
+    inputs = attention_inputs(257, head_dim=512)
+    gpu = replace(HOPPER, generation=generation)
+    plan = plan_of(attention, inputs, gpu, {"attention": "rank_space"})
+    assert plan.lowering == "unfused" or plan.site.key.factor is None
+
+
+def test_float64_has_no_kernel():
+    inputs = attention_inputs(16, dtype=torch.float64)
+    plan = plan_of(attention, inputs, options={"attention": "rank_space"})
+    assert (plan.lowering, plan.reason.code) == ("unfused", Code.DTYPE)
+    inputs = feed_forward_inputs(64, rows=64, dtype=torch.float64)
+    plan = plan_of(feed_forward, inputs, options={"feed_forward": "streamed"})
+    assert (plan.lowering, plan.reason.code) == ("unfused", Code.DTYPE)
+
+
+def test_plans_say_where_tiles_come_from():
+    plan = plan_of(attention, attention_inputs(32))
+    assert (plan.tiling.source, plan.tiling.is_measured) == ("table sm_90", True)
+    assert plan.tile == plan.tiling.candidates[0][0] == plan.tiling.timed[0]
+    other = plan_of(attention, attention_inputs(32), replace(HOPPER, generation="sm_86"))
+    assert (other.tiling.source, other.tiling.is_measured) == ("portable list", False)
+    assert plan_of(attention, attention_inputs(32), CPU).tiling is None
+
+
 def test_large_ranks_leave_the_feed_forward_to_library_matmuls():
     assert plan_of(feed_forward, feed_forward_inputs(64)).lowering == "streamed"
     assert plan_of(feed_forward, feed_forward_inputs(1024)).lowering == "unfused"
@@ -169,9 +193,7 @@ def test_streaming_waits_for_rows_that_fill_the_multiprocessors(rank, rows, lowe
 
 
 def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
-    hopper = replace(HOPPER, has_warpgroups=True)
-
-    def plan(rank, rows, options=None, device=hopper):
+    def plan(rank, rows, options=None, device=HOPPER):
         return plan_of(feed_forward, feed_forward_inputs(rank, rows=rows), device, options)
 
     found = plan(384, 16384)
@@ -180,7 +202,7 @@ def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
     assert 0 < found.sram_bytes <= HOPPER.sram_bytes
     assert found.transient_bytes * 2 <= found.unfused_bytes
     assert plan(384, 2048).lowering == "unfused"
-    assert plan(384, 16384, device=HOPPER).lowering == "unfused"
+    assert plan(384, 16384, device=replace(HOPPER, generation="sm_80")).lowering == "unfused"
     assert plan(384, 16384, {"sram_budget": "48KiB"}).lowering == "unfused"
 
 
