@@ -238,7 +238,7 @@ def test_debug_dir(model, x, tmp_path):
     assert "aten.gelu" not in after
     assert "flashsvd.row_blocks_feed_forward" in after
     record = json.loads((directory / "graph_0" / "sites.json").read_text())
-    assert set(record["seconds"]) == {"normalize", "analysis", "plan", "rewrite"}
+    assert set(record["seconds"]) == {"normalize", "analysis", "plan", "rewrite", "measure"}
     (site,) = [s for s in record["sites"] if s["kind"] == "feed_forward"]
     assert site["lowering"] == "row_blocks"
     assert site["plan"]["ranks"] == {"up": "4", "down": "4"}
