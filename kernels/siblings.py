@@ -64,6 +64,27 @@ def _pick(index, COUNT: tl.constexpr, a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
+def _pick_wide(
+    index, COUNT: tl.constexpr,
+    A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    A4: tl.constexpr, A5: tl.constexpr, A6: tl.constexpr, A7: tl.constexpr,
+):  # fmt: skip
+    """`_pick` of numbers that may not fit 32 bits; it is 64 bits wide if one does not."""
+    LIMIT: tl.constexpr = 2**31
+    if max(A0, A1, A2, A3, A4, A5, A6, A7) < LIMIT:
+        picked = _pick(index, COUNT, A0, A1, A2, A3, A4, A5, A6, A7)
+    else:
+        picked = _pick(
+            index, COUNT,
+            tl.full([], A0, tl.int64), tl.full([], A1, tl.int64),
+            tl.full([], A2, tl.int64), tl.full([], A3, tl.int64),
+            tl.full([], A4, tl.int64), tl.full([], A5, tl.int64),
+            tl.full([], A6, tl.int64), tl.full([], A7, tl.int64),
+        )  # fmt: skip
+    return picked
+
+
+@triton.jit
 def sibling_linears_kernel(
     x, u0, u1, u2, u3, u4, u5, u6, u7, b0, b1, b2, b3, b4, b5, b6, b7,
     out0, out1, out2, out3, out4, out5, out6, out7,
@@ -104,10 +125,10 @@ def sibling_linears_kernel(
     u = _pick(index, COUNT, u0, u1, u2, u3, u4, u5, u6, u7)
     width = _pick(index, COUNT, R0, R1, R2, R3, R4, R5, R6, R7)
     first_tile = _pick(index, COUNT, T0, T1, T2, T3, T4, T5, T6, T7)
-    stride_r = _pick(index, COUNT, STRIDE_R0, STRIDE_R1, STRIDE_R2, STRIDE_R3, STRIDE_R4,
-                     STRIDE_R5, STRIDE_R6, STRIDE_R7)  # fmt: skip
-    stride_k = _pick(index, COUNT, STRIDE_K0, STRIDE_K1, STRIDE_K2, STRIDE_K3, STRIDE_K4,
-                     STRIDE_K5, STRIDE_K6, STRIDE_K7)  # fmt: skip
+    stride_r = _pick_wide(index, COUNT, STRIDE_R0, STRIDE_R1, STRIDE_R2, STRIDE_R3, STRIDE_R4,
+                          STRIDE_R5, STRIDE_R6, STRIDE_R7)  # fmt: skip
+    stride_k = _pick_wide(index, COUNT, STRIDE_K0, STRIDE_K1, STRIDE_K2, STRIDE_K3, STRIDE_K4,
+                          STRIDE_K5, STRIDE_K6, STRIDE_K7)  # fmt: skip
 
     # Not by _pick: across a call a compiler takes all outputs to be written, absent ones too.
     out = out0
@@ -130,6 +151,8 @@ def sibling_linears_kernel(
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile_n - first_tile).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K).to(tl.int64)
+    # Sums of sums where all roundings are of float32: they grow as the root of the terms of each.
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, K, BLOCK_K):  # never empty
         at = tl.cast(start, tl.int64)
@@ -142,7 +165,10 @@ def sibling_linears_kernel(
             stride_k, stride_r, K - start, width, K % BLOCK_K != 0, not COLUMNS_FIT,
             ALIGNED_UK, ALIGNED_UR,
         )  # fmt: skip
-        acc = dot(x_tile, u_tile, acc, PRECISION, INTERPRETED)
+        if EXACT:
+            acc += dot(x_tile, u_tile, None, PRECISION, INTERPRETED)
+        else:
+            acc = dot(x_tile, u_tile, acc, PRECISION, INTERPRETED)
 
     if HAS_BIAS:
         bias = _pick(index, COUNT, b0, b1, b2, b3, b4, b5, b6, b7)

@@ -208,7 +208,7 @@ def test_a_failure_on_the_way_leaves_no_trace(model, x, caplog):
 def test_an_error_in_the_rewritten_graph_is_not_silent(model, x):
     from flashsvd_compile.lowering import ops
 
-    def misuse(site, builder, block_rows):
+    def misuse(site, builder, block_rows, tile):
         return builder.call(ops.row_blocks_feed_forward_op, *[site.node.args[1]] * 3,
                             activation="gelu", block_rows=0)  # fmt: skip
 

@@ -47,9 +47,9 @@ def test_every_call_has_a_portable_table(kernel):
 
 
 def test_the_first_table_that_holds_is_taken():
-    def first(**traits):
+    def first(can_run=lambda tile: not tile.is_described, **traits):
         given = {"element_bytes": 2, "rank": 64, "is_causal": False, "ranks_fill": False} | traits
-        return candidates("attention", "sm_90", given, every)
+        return candidates("attention", "sm_90", given, can_run)
 
     assert first().first == TileConfig(128, 32, 8, 4)
     assert first(rank=32).first == TileConfig(128, 32, 4, 4, max_registers=128)
@@ -57,6 +57,7 @@ def test_the_first_table_that_holds_is_taken():
     assert first(is_causal=True, ranks_fill=True).first == TileConfig(64, 32, 4, 3)
     assert first(is_causal=True).first == TileConfig(128, 32, 8, 4)
     assert first(rank=128).first == TileConfig(64, 64, 4, 3)
+    assert first(every).first == TileConfig(64, 64, 4, 3, is_described=True)
     assert (first().source, first().is_measured) == ("table sm_90", True)
     exact = first(element_bytes=4)
     assert (exact.source, exact.is_measured) == ("portable list", False)
