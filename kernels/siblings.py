@@ -151,8 +151,6 @@ def sibling_linears_kernel(
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile_n - first_tile).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K).to(tl.int64)
-    # Sums of sums where all roundings are of float32: they grow as the root of the terms of each.
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, K, BLOCK_K):  # never empty
         at = tl.cast(start, tl.int64)
@@ -165,10 +163,7 @@ def sibling_linears_kernel(
             stride_k, stride_r, K - start, width, K % BLOCK_K != 0, not COLUMNS_FIT,
             ALIGNED_UK, ALIGNED_UR,
         )  # fmt: skip
-        if EXACT:
-            acc += dot(x_tile, u_tile, None, PRECISION, INTERPRETED)
-        else:
-            acc = dot(x_tile, u_tile, acc, PRECISION, INTERPRETED)
+        acc = dot(x_tile, u_tile, acc, PRECISION, INTERPRETED)
 
     if HAS_BIAS:
         bias = _pick(index, COUNT, b0, b1, b2, b3, b4, b5, b6, b7)

@@ -44,13 +44,19 @@ def operands(rows, features, widths, dtype, biased=(), transposed=()):
 
 
 def assert_right(of, slack=1.1, **how):
-    """Each no further from float64 than ``slack`` × its library matmul, plus two roundings."""
+    """Each no further from float64 than ``slack`` × its library matmul, plus two roundings.
+
+    In float32 as well what K terms make when they are summed one after another, √(K / 24) roundings
+    in the mean: libraries split such sums.
+    """
     biases = tuple(None if b is None else b.double() for b in of.biases)
     doubled = SiblingOperands(of.x.double(), tuple(w.double() for w in of.weights), biases)
     outs = sibling_linears(of, **how)
     expected = zip(separate_linears(of), separate_linears(doubled), strict=True)
     for out, (eager, exact) in zip(outs, expected, strict=True):
-        budget = slack * (eager - exact).norm() + 2 * torch.finfo(out.dtype).eps * exact.norm()
+        roundings = max(2, (of.in_features / 24) ** 0.5 if out.dtype == torch.float32 else 0)
+        budget = slack * (eager - exact).norm()
+        budget += roundings * torch.finfo(out.dtype).eps * exact.norm()
         error = (out - exact).norm()
         assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
 
@@ -110,7 +116,7 @@ def test_offsets_beyond_int32():
     for part in (slice(0, 70), slice(2**24, 2**24 + 70), slice(rows - 70, rows)):
         for out, w in zip(outs, (few.weights[0], weight), strict=True):
             exact = F.linear(x[part].double(), w.double())
-            eager = F.linear(x[part], w).double()
+            eager = F.linear(x[part], w.contiguous()).double()  # cuBLAS counts strides in 32 bits
             budget = 1.1 * (eager - exact).norm() + 2**-7 * exact.norm()
             assert (out[part] - exact).norm() <= budget
 
