@@ -38,8 +38,9 @@ from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import device_for
-from flashsvd_compile.planner.plan import Plan, drop_taken, plan_site
+from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.siblings import plan_siblings
+from flashsvd_compile.planner.sites import drop_taken, plan_site
 from flashsvd_compile.tuning.cache import cache_in
 from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 

@@ -14,7 +14,7 @@ from flashsvd_compile.kernels.siblings_tiles import (
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import UNKNOWN_SIZE
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.planner.plan import Plan, sram_limit
 from flashsvd_compile.planner.tiling import only_tile
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -43,7 +43,7 @@ def plan_siblings(
     if device.type != "cuda":
         return Plan(site, "merged", reason)
     element = site.dtype.itemsize
-    sram = min(options.sram_budget or device.sram_bytes, device.sram_bytes)
+    sram = sram_limit(device, options)
     tile = default_tile(rows=rows, widths=site.widths, element_bytes=element, sram_bytes=sram)
     if tile is None:
         return Plan(site, "unfused", reason_at(site.node, Code.SRAM, "no tile", f"{sram} bytes"))

@@ -1,0 +1,111 @@
+"""Attention sites: which of q, k and v stay latents, against SDPA on all of them lifted."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+
+from flashsvd_compile.analysis.axes import Size
+from flashsvd_compile.analysis.site_records import AttentionSite
+from flashsvd_compile.kernels import attention_tiles
+from flashsvd_compile.options import Options
+from flashsvd_compile.planner import cost
+from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.plan import Plan, check_dtype, lost, sram_limit
+from flashsvd_compile.planner.tiling import Tiling, tiling_of
+from flashsvd_compile.reason import Code, Reason, reason_at
+
+
+def plan_attention(
+    site: AttentionSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan:
+    """Each operand may be absorbed or lifted before: every combination competes with SDPA."""
+    unfused = _all_dense(site)
+    lifts = {
+        name: cost.lift_cost(arm, site, device, hints)
+        for name, arm in site.arms.items()
+        if arm.factor is not None
+    }
+    base = cost.attention_cost(unfused, device, hints)
+    best = Plan(site, "unfused", lost(site, "rank_space"), unfused_bytes=base.transient_bytes)
+    best_seconds = base.seconds + sum(lifts.values())
+    if options.attention == "unfused":
+        return replace(best, reason=reason_at(site.node, Code.FORCED, "attention='unfused'"))
+    if device.type == "cuda" and site.dtype.itemsize == 4 and options.attention == "auto":
+        return replace(best, reason=_not_measured(site))
+    if options.attention == "rank_space":
+        best_seconds = float("inf")
+    why_not: Reason | None = None
+    for names in _subsets(list(lifts)):
+        candidate = _dense_but(site, names)
+        tiling = _attention_tiling(candidate, device, options)
+        if isinstance(tiling, Reason):
+            why_not = tiling
+            continue
+        found = cost.attention_cost(candidate, device, hints)
+        seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
+        if seconds < best_seconds:
+            best_seconds = seconds
+            reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")
+            best = Plan(candidate, "rank_space", reason, found.transient_bytes,
+                        base.transient_bytes, tiling)  # fmt: skip
+    if best.lowering == "unfused" and why_not is not None:
+        return replace(best, reason=why_not)
+    return best
+
+
+def _subsets(names: list[str]) -> list[tuple[str, ...]]:
+    return [c for size in range(len(names), 0, -1) for c in combinations(names, size)]
+
+
+def _dense_but(site: AttentionSite, names: tuple[str, ...]) -> AttentionSite:
+    """The site with only the named arms absorbed; the others are lifted before it."""
+    why = reason_at(site.node, Code.NOT_PROFITABLE, "cheaper lifted before", "a smaller rank")
+    arms = {
+        name: arm if name in names or arm.factor is None else arm.as_dense(why)
+        for name, arm in site.arms.items()
+    }
+    return replace(site, query=arms["q"], key=arms["k"], value=arms["v"])
+
+
+def _all_dense(site: AttentionSite) -> AttentionSite:
+    return _dense_but(site, ())
+
+
+def _attention_tiling(
+    site: AttentionSite, device: Device, options: Options
+) -> Tiling | Reason | None:
+    """None where no kernel is launched."""
+    if device.type != "cuda":
+        return None
+    if (problem := check_dtype(site)) is not None:
+        return problem
+    query, key, value = site.query, site.key, site.value
+    extents = attention_tiles.AttentionExtents(
+        head_dim_qk=query.width_size,
+        head_dim_v=value.width_size,
+        rank_q=query.rank_size,
+        rank_k=key.rank_size,
+        rank_v=value.rank_size,
+        q_lifted=query.factor is not None,
+        v_lifted=value.factor is not None,
+        element_bytes=site.dtype.itemsize,
+        mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
+        is_causal=site.is_causal,
+        generation=device.generation,
+    )
+    sram = sram_limit(device, options)
+    found = attention_tiles.candidate_tiles(extents, sram)
+    tiling = tiling_of(found, lambda tile: attention_tiles.sram_bytes_of(tile, extents), sram)
+    # How operands will lie in memory is not known yet: the launcher must find a tile in any case.
+    if (
+        tiling is None
+        or attention_tiles.last_resort(attention_tiles.widened(extents), sram) is None
+    ):
+        ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
+        return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")
+    return tiling
+
+
+def _not_measured(site: AttentionSite) -> Reason:
+    """Exact float32 has no tensor cores; library kernels stay until measured otherwise."""
+    return reason_at(site.node, Code.NOT_PROFITABLE, "float32 on a GPU", "bfloat16 or float16")

@@ -1,0 +1,76 @@
+"""Chains that belong to no larger site: streamed in one kernel, or as they are."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.site_records import ChainEnds, ChainSite
+from flashsvd_compile.kernels import chain_tiles
+from flashsvd_compile.options import Options
+from flashsvd_compile.planner import cost
+from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.plan import Plan, check_dtype, sram_limit
+from flashsvd_compile.planner.tiling import only_tile
+from flashsvd_compile.reason import Code, Reason, reason_at
+
+
+def plan_chain(
+    site: ChainSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan:
+    unfused = Plan(site, "unfused", _why_chain_stays(site))
+    if options.chain == "unfused":
+        return replace(unfused, reason=reason_at(site.node, Code.FORCED, "chain='unfused'"))
+    streamed = _streamed_chain(site, device, options, hints)
+    if options.chain == "streamed":
+        if isinstance(streamed, Reason):
+            return replace(unfused, reason=streamed)
+        return replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
+    widest = max(site.in_width, site.out_width)
+    is_measured = (
+        site.rank <= chain_tiles.STREAMED_FASTEST_UP_TO_RANK
+        and widest <= chain_tiles.STREAMED_FASTEST_UP_TO_WIDTH
+    )
+    if isinstance(streamed, Plan) and is_measured and site.dtype.itemsize == 2:
+        return streamed
+    return unfused
+
+
+def _streamed_chain(
+    site: ChainSite, device: Device, options: Options, hints: Mapping[Size, int]
+) -> Plan | Reason:
+    if device.type != "cuda":
+        return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+    if not isinstance(site.ends, ChainEnds):
+        return site.ends
+    if (problem := check_dtype(site)) is not None:
+        return problem
+    if (why := _why_chain_stays(site)).code is Code.RANK_TOO_LARGE:
+        return why
+    rows, element = volume(site.ends.entry.rows), site.dtype.itemsize
+    sram = sram_limit(device, options)
+    tile = chain_tiles.default_tile(
+        rows=round(cost.at(rows, hints)),
+        rank=site.rank,
+        out_size=site.out_width,
+        element_bytes=element,
+        sram_bytes=sram,
+        multiprocessors=device.multiprocessors,
+    )
+    if tile is None:
+        return reason_at(site.node, Code.SRAM, f"no tile for rank {site.rank}", f"{sram} bytes")
+    reason = reason_at(site.node, Code.PLANNED, "the latent stays on chip")
+    used = chain_tiles.sram_bytes_of(tile, rank=site.rank, element_bytes=element)
+    return Plan(site, "streamed", reason, unfused_bytes=rows * site.rank * element,
+                tiling=only_tile(tile, used, sram))  # fmt: skip
+
+
+def _why_chain_stays(site: ChainSite) -> Reason:
+    """Beyond rank mn / (m + n) two factors of an m × n matrix do more work than the matrix."""
+    m, n = site.in_width, site.out_width
+    if site.rank * (m + n) >= m * n:
+        observed = f"rank {site.rank} of a {m} × {n} matrix, whose factors cost more than it does"
+        least = -(-m * n // (m + n))
+        required = f"a rank under {least}, or the matrix itself: flashsvd_compile.merge_"
+        return reason_at(site.node, Code.RANK_TOO_LARGE, observed, required)
+    observed = "library matmuls keep the latent small"
+    return reason_at(site.node, Code.NO_FUSED_LOWERING, observed)
