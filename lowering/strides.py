@@ -60,7 +60,7 @@ def _with_strides_of(result: fx.Node, original: torch.Tensor, builder: Builder) 
     )
     options = {"dtype": value(result).dtype, "device": value(result).device}
     empty = builder.call(aten.empty_strided.default, sizes, strides, **options)
-    return builder.call(aten.copy.default, empty, result)
+    return builder.call(aten.copy_.default, empty, result)
 
 
 def _traced_again(node: fx.Node) -> Any:

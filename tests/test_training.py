@@ -93,6 +93,32 @@ def test_gradients_with_a_padding_mask():
         torch.testing.assert_close(have, want)
 
 
+class HeadsFirst(nn.Module):
+    """Its attention leaves the graph laid out by head, as SDPA makes of heads that lie so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(30, 4, bias=False) for _ in "qkv")
+        self.up = nn.ParameterList(torch.randn(3, 4, 8) for _ in "qkv")
+
+    def forward(self, x):
+        q, k, v = (u(x)[:, None] @ v for u, v in zip(self.down, self.up, strict=True))
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_gradients_through_a_result_laid_out_anew(compiler):
+    model, x = HeadsFirst(), hidden_states()
+    fast = compiled(model, compiler)
+    with no_pass_may_fail():
+        result = fast(x)
+        assert result.is_contiguous()
+        exact_model = in_float64(model)
+        exact = gradients(exact_model, exact_model, x.double())
+        got = gradients(model, fast, x)
+    assert_within_eagers_error(got, gradients(model, model, x), exact)
+
+
 def test_frozen_factors_get_no_gradient():
     model, x = Layer(), hidden_states()
     for name, parameter in model.named_parameters():
