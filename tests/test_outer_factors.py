@@ -148,6 +148,54 @@ def test_strides_of_the_input_do_not_matter(change, tmp_path):
     check(FeedForward(F.gelu), (x,), into=tmp_path, options=WHOLE, found=[*ONE_WHOLE])
 
 
+class Turned(nn.Module):
+    """Gate and up are lifted from one latent, and one of them is turned before they meet."""
+
+    def __init__(self, turns_gate):
+        super().__init__()
+        self.turns_gate = turns_gate
+        self.u = nn.Linear(HIDDEN, RANK, bias=False)
+        self.gate, self.up = (nn.Linear(RANK, INTERMEDIATE) for _ in range(2))
+        self.down = low_rank(INTERMEDIATE, HIDDEN)
+
+    def forward(self, x):
+        latent = self.u(x)
+        gate, up = F.silu(self.gate(latent)), self.up(latent)
+        if self.turns_gate:
+            return self.down(gate.transpose(0, 1) * up)
+        return self.down(gate * up.transpose(0, 1))
+
+
+@pytest.mark.parametrize("turns_gate", [False, True])
+def test_rows_of_gate_and_up_that_differ(turns_gate, tmp_path):
+    check(Turned(turns_gate), (torch.randn(6, 6, HIDDEN),), into=tmp_path, options=WHOLE,
+          found=[*ONE_WHOLE])  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [WHOLE, CHAIN], ids=("whole", "chain"))
+def test_no_gradient_flows_through_what_is_detached(options):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u1, self.v1 = nn.Linear(HIDDEN, RANK), nn.Linear(RANK, INTERMEDIATE)
+            self.u2, self.v2 = nn.Linear(INTERMEDIATE, RANK), nn.Linear(RANK, HIDDEN)
+
+        def forward(self, x):
+            return self.v2(self.u2(F.gelu(self.v1(self.u1(x).detach()))).detach())
+
+    model, x, grads = Detached(), hidden_states(), []
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    with torch.enable_grad(), no_pass_may_fail():
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+    for want, got in zip(*grads, strict=True):
+        assert (want is None) == (got is None)
+        if want is not None:
+            torch.testing.assert_close(got, want)
+
+
 def test_bfloat16(tmp_path):
     model = Gated(COMBINES["swiglu"]).bfloat16()
     check(model, (hidden_states().bfloat16(),), into=tmp_path, options=WHOLE, found=[*ONE_WHOLE])

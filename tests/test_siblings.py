@@ -363,3 +363,77 @@ def test_where_tells_the_module():
     (site,) = [s for s in explain(nn.Sequential(Layer()), hidden_states(), options=MERGED).sites
                if s.kind == "siblings" and s.where.endswith("attention")]  # fmt: skip
     assert site.where == "0.attention"
+
+
+class TwoLatents(nn.Module):
+    """``latents(self, x)`` of two weights [8, 32] and a bias as long as there are rows."""
+
+    def __init__(self, latents):
+        super().__init__()
+        self.u, self.w = (nn.Parameter(torch.randn(8, 32) / 32**0.5) for _ in "uw")
+        self.b = nn.Parameter(torch.randn(8))
+        self.latents = latents
+
+    def forward(self, x):
+        return self.latents(self, x)
+
+
+def _without_grad(self, x):
+    with torch.no_grad():
+        view = x.view(-1, 32)
+    return F.linear(x, self.u) + F.linear(view, self.w)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_no_gradient_flows_through_a_view_made_without(compiler):
+    model = TwoLatents(_without_grad)
+    compiled = torch.compile(model, backend="flashsvd", options={**MERGED, "compiler": compiler})
+    grads = []
+    for run in (model, compiled):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        model.zero_grad()
+        with no_pass_may_fail():
+            run(x).sin().sum().backward()
+        grads.append([x.grad, model.u.grad, model.w.grad])
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+def test_the_same_bytes_in_another_dtype_are_another_tensor():
+    def latents(self, x):
+        return F.linear(x, self.u), F.linear(x.view(torch.float16), self.w.half())
+
+    model = TwoLatents(latents).bfloat16()
+    compiled = torch.compile(model, backend="flashsvd", options=MERGED)
+    x = (torch.rand(4, 32) + 1).bfloat16()
+    with no_pass_may_fail():
+        for got, want in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+def test_a_bias_along_rows_is_none_along_columns():
+    """As many rows as columns, so that sizes do not tell."""
+
+    def latents(self, x):
+        return F.linear(self.u, x, self.b), F.linear(self.w, x, self.b)
+
+    check(TwoLatents(latents), (torch.randn(8, 32),))
+
+
+@torch.no_grad()
+def test_inputs_that_share_memory_are_written_together():
+    def latents(x, y, u, w):
+        first = F.linear(x, u)
+        y.add_(1)
+        return first, F.linear(x, w)
+
+    weights = torch.randn(8, 32), torch.randn(8, 32)
+    compiled = torch.compile(latents, backend="flashsvd", options=MERGED)
+    x, twin = (torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    with no_pass_may_fail():
+        for got, want in zip(
+            compiled(x, x[:2], *weights), latents(twin, twin[:2], *weights), strict=True
+        ):
+            torch.testing.assert_close(got, want)

@@ -110,9 +110,12 @@ class Facts:
 def mutated_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose memory some operator of the graph writes into, through whatever alias."""
     base: dict[fx.Node, fx.Node] = {}
+    owner: dict[int, fx.Node] = {}  # of inputs that share memory the first stands for all
     for node in graph.nodes:
         above = aliased_argument(node) if node.op == "call_function" else None
         base[node] = node if above is None else base[above]
+        if node.op == "placeholder" and is_tensor(node):
+            base[node] = owner.setdefault(node.meta["val"].untyped_storage()._cdata, node)
     written = {base[target] for node in graph.nodes if node.op == "call_function"
                for target in mutated_arguments(node)}  # fmt: skip
     return {node for node, origin in base.items() if origin in written}

@@ -34,7 +34,7 @@ from flashsvd_compile.analysis.calls import arguments, aten, overload, packet, v
 
 _REGROUPS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
-    aten.unsqueeze, aten.view_as, aten.reshape_as, aten.contiguous, aten.clone, aten.detach,
+    aten.unsqueeze, aten.view_as, aten.reshape_as, aten.contiguous, aten.clone,
     aten.alias, aten.lift_fresh_copy, aten.ravel,
 }  # fmt: skip
 _CASTS = {aten.to, aten._to_copy, aten.type_as, aten._autocast_to_full_precision,

@@ -57,7 +57,7 @@ def find_siblings(facts: Facts, graph: fx.Graph) -> tuple[list[SiblingsSite], li
     for node in graph.nodes:
         product = read_contraction(node) if node in facts.regions and is_tensor(node) else None
         if product is not None and (found := _candidate(facts, product)) is not None:
-            families[_root(facts, found.sibling.x)].append(found)
+            families[_root(facts, found.sibling)].append(found)
     order = {node: index for index, node in enumerate(graph.nodes)}
     sites: list[SiblingsSite] = []
     misses: list[tuple[fx.Node, Reason]] = []
@@ -100,7 +100,8 @@ def _candidate(facts: Facts, product: Contraction) -> _Candidate | None:
         order=tuple(computed.index(letter) for letter in product.out_letters),
     )  # fmt: skip
     strides = _matrix_strides(sibling)
-    obstacle = _check_alone(facts, sibling, strides, product.scale)
+    along_columns = len(columns) == 1 and product.out_letters[-1] == columns[0]
+    obstacle = _check_alone(facts, sibling, strides, product.scale, along_columns)
     return _Candidate(sibling, obstacle, strides is not None and strides[1] != 1)
 
 
@@ -112,9 +113,13 @@ def _product(sizes: Iterable[Size]) -> Size:
 
 
 def _check_alone(
-    facts: Facts, sibling: Sibling, strides: tuple[int, int] | None, scale: float
+    facts: Facts,
+    sibling: Sibling,
+    strides: tuple[int, int] | None,
+    scale: float,
+    along_columns: bool,
 ) -> Reason | None:
-    """What keeps a product from any launch with others."""
+    """What keeps a product from any launch with others; ``along_columns``: where a bias lies."""
     node, bias = sibling.node, sibling.bias
     operands = {sibling.x, sibling.weight, *([] if bias is None else [bias])}
     if written := operands & facts.mutated:
@@ -125,7 +130,7 @@ def _check_alone(
         return reason_at(node, Code.BAD_LAYOUT, lies, required)
     if scale != 1:
         return reason_at(node, Code.OP_NOT_CARRIED, f"a product times {scale}", "no scale")
-    if bias is not None and not _is_row(facts, sibling, bias):
+    if bias is not None and not (along_columns and _is_row(facts, sibling, bias)):
         observed = f"a bias of shape {list(value(bias).shape)}"
         return reason_at(node, Code.OP_NOT_CARRIED, observed, "one weight a column")
     return None
@@ -153,16 +158,20 @@ def _matrix_strides(sibling: Sibling) -> tuple[int, int] | None:
     return (kept[-1][1] if kept else 1), features
 
 
-def _root(facts: Facts, x: fx.Node) -> fx.Node:
-    """The tensor of which ``x`` is the same rows, however its leading dimensions are grouped.
+def _root(facts: Facts, sibling: Sibling) -> fx.Node:
+    """The tensor of which its x is the same rows, however the leading dimensions are grouped.
 
+    A view that another region makes is a tensor of its own: no gradient may flow through it.
     Memory that was written to in place counts as the same tensor: that it is not is told later.
     """
+    x, region = sibling.x, facts.regions[sibling.node]
     while x.op == "call_function" and (packet(x) in _VIEWS or x in facts.mutated):
         source = aliased_argument(x) if x in facts.mutated else x.args[0]
         if not isinstance(source, fx.Node) or not is_tensor(source) or value(source).dim() == 0:
             break
         if not same(size_of(value(source).shape[-1]), size_of(value(x).shape[-1])):
+            break
+        if value(source).dtype != value(x).dtype or facts.regions.get(x) != region:
             break
         x = source
     return x

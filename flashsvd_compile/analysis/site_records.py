@@ -185,7 +185,8 @@ class FeedForwardSite(Site):
         """What the gate's latent comes from: "none", up's ("latent"), up's "x", or its "own"."""
         if self.gate is None:
             return "none"
-        if self.gate.latent == self.up.latent and self.gate.rank == self.up.rank:
+        mine, its = ((arm.latent, arm.rank, arm.rows) for arm in (self.up, self.gate))
+        if mine == its:
             return "latent"
         outer = self.outer
         if isinstance(outer, Outer) and outer.gate is not None:
