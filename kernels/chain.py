@@ -21,6 +21,7 @@ from flashsvd_compile.kernels.chain_tiles import ChainTile, default_tile
 from flashsvd_compile.kernels.feed_forward_tiles import rank_padded
 from flashsvd_compile.kernels.outer_products import latent_tile, lift_and_store
 from flashsvd_compile.kernels.primitives import (
+    INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
     is_empty,
     launch,
@@ -31,8 +32,7 @@ from flashsvd_compile.kernels.primitives import (
 )
 from torch import Tensor
 
-# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
-INTERPRETED_SRAM_BYTES = 227 * 1024
+# As many as an H100 has, whose shared memory an interpreted launch pretends to have as well.
 INTERPRETED_MULTIPROCESSORS = 132
 
 

@@ -26,6 +26,7 @@ from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_stream import load_latent, stream_intermediate
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
 from flashsvd_compile.kernels.primitives import (
+    INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
     is_empty,
     launch,
@@ -36,9 +37,6 @@ from flashsvd_compile.kernels.tile_loads import load_bias
 from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
-
-# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
-INTERPRETED_SRAM_BYTES = 227 * 1024
 
 
 @triton.jit

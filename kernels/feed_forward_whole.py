@@ -33,6 +33,7 @@ from flashsvd_compile.kernels.feed_forward_whole_tiles import (
 )
 from flashsvd_compile.kernels.outer_products import latent_tile, latent_tiles, lift_and_store
 from flashsvd_compile.kernels.primitives import (
+    INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
     is_empty,
     launch,
@@ -42,9 +43,6 @@ from flashsvd_compile.kernels.primitives import (
 )
 from flashsvd_compile.kernels.tile_loads import load_bias
 from torch import Tensor
-
-# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
-INTERPRETED_SRAM_BYTES = 227 * 1024
 
 
 @triton.jit

@@ -24,6 +24,9 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 # What kernels compute in float32 and multiply on tensor cores, or exactly.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
+INTERPRETED_SRAM_BYTES = 227 * 1024
+
 # Bytes that a tensor descriptor's address and strides have to be multiples of.
 DESCRIPTOR_ALIGNMENT = 16
 

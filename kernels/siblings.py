@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.primitives import (
+    INTERPRETED_SRAM_BYTES,
+    KERNEL_DTYPES,
     dot,
     is_empty,
     is_multiple,
@@ -35,11 +37,6 @@ from flashsvd_compile.kernels.siblings_operands import SiblingOperands
 from flashsvd_compile.kernels.siblings_tiles import GROUP_M, MAX_SIBLINGS, MatmulTile, default_tile
 from flashsvd_compile.kernels.tile_loads import load_bias, load_tile
 from torch import Tensor
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# What an interpreted launch pretends to have: an H100's, so that tiles are chosen as there.
-INTERPRETED_SRAM_BYTES = 227 * 1024
 
 
 @triton.jit
@@ -177,14 +174,14 @@ def sibling_linears(of: SiblingOperands, *, tile: MatmulTile | None = None) -> l
     """Each P_i [M, R_i], a contiguous tensor of its own; ``tile`` defaults to `default_tile`.
 
     Raises ValueError for more than MAX_SIBLINGS, for no features, for a dtype that is not in
-    DTYPES and where no tile fits.
+    KERNEL_DTYPES and where no tile fits.
     """
     x, widths, count = of.x, of.widths, len(of.weights)
     if count > MAX_SIBLINGS or of.in_features == 0:
         raise ValueError(f"one launch takes 1 to {MAX_SIBLINGS} siblings of at least one feature, "
                          f"not {count} of {of.in_features}")  # fmt: skip
-    if x.dtype not in DTYPES:
-        raise ValueError(f"sibling linears take {DTYPES}, not {x.dtype}")
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"sibling linears take {KERNEL_DTYPES}, not {x.dtype}")
     if tile is None:
         tile = _default_tile(of)
     outs = [x.new_empty((of.rows, width)) for width in widths]
