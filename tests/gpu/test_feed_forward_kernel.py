@@ -96,7 +96,12 @@ def test_activations(activation, rank_gate, dtype):
     ],
 )
 def test_ranks(rank, rank_down, dtype):
-    assert_streamed_is_right(random_operands(193, rank, 333, rank_down, dtype), "gelu")
+    operands = random_operands(193, rank, 333, rank_down, dtype)
+    if rank_down > 256 and dtype == torch.float32:
+        with pytest.raises(ValueError, match="use row blocks"):
+            streamed_feed_forward(FeedForwardOperands(**operands, activation="gelu"))
+        return
+    assert_streamed_is_right(operands, "gelu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -31,6 +31,7 @@ from flashsvd_compile.kernels import (
 )
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.primitives import Described
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -127,6 +128,7 @@ def compiled(case: dict[str, Any]) -> dict[str, Any]:
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "INTERPRETED": False}
         constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         constants["maxnreg"] = tile.max_registers or None
+        operands = [x.descriptor() if isinstance(x, Described) else x for x in operands]
         found.append((tile, kernel.warmup(*operands, grid=grid, **constants)))
 
     sram_bytes = case["sram_kib"] * 1024

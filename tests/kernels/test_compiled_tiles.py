@@ -45,6 +45,7 @@ SOME = [
     attention("sm_89", 99, 101),
     attention("sm_120", 48, 64, mask="added", is_causal=True),
     attention("sm_90", 227, [200, 200, 64], head_dims=[256, 256]),
+    attention("sm_90", 227, 64),  # described
     attention("sm_86", 99, 32, dtype="float32"),
     feed_forward("sm_86", 64, 240, False),
     feed_forward("sm_120", 99, 101, True),
