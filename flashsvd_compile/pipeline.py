@@ -32,6 +32,7 @@ from flashsvd_compile.lowering.feed_forward import (
     lower_streamed_whole,
 )
 from flashsvd_compile.lowering.in_place import free_in_place
+from flashsvd_compile.lowering.residual_sums import write_residual_sums
 from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
@@ -109,6 +110,8 @@ def rewrite(
         if plan.lowering == "merged":
             replaced |= _merge(plan)
     settle_strides(module.graph, replaced, facts.mutated)
+    if replaced and not torch.is_grad_enabled():
+        write_residual_sums(module.graph, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
     module.recompile()

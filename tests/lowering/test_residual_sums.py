@@ -1,0 +1,125 @@
+"""Residual sums of a rewritten graph lie in memory once; everything else stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import flashsvd_compile as fsc
+from bench.measure import peak_transient_bytes
+from tests.spelled import low_rank
+
+OPTIONS = {"feed_forward": "row_blocks", "chain": "unfused", "siblings": "unfused"}
+WIDTH, ROWS = 48, 300
+
+
+class Layer(nn.Module):
+    def __init__(self, norm_first: bool = True) -> None:
+        super().__init__()
+        self.norm_first, self.norm = norm_first, nn.LayerNorm(WIDTH)
+        self.up, self.down = low_rank(WIDTH, 64), low_rank(64, WIDTH)
+
+    def fed(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
+
+    def forward(self, x):
+        return x + self.fed(self.norm(x)) if self.norm_first else self.norm(x + self.fed(x))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def written(model, *inputs, **options) -> int:
+    told = fsc.explain(model, *inputs, options=OPTIONS | options)
+    (graph,) = told.graphs
+    return graph.after.count("aten.as_strided")
+
+
+def norm_first(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(Layer() for _ in range(depth)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_peak_does_not_grow_with_depth(dynamic):
+    peaks = []
+    for depth in (2, 6):
+        torch._dynamo.reset()
+        model = norm_first(depth)
+        compiled = torch.compile(model, backend="flashsvd", options=OPTIONS, dynamic=dynamic)
+        x = torch.randn(ROWS, WIDTH)
+        torch.testing.assert_close(compiled(x), model(x))
+        peaks.append(peak_transient_bytes(lambda f=compiled, x=x: f(x), "cpu"))
+        y = torch.randn(ROWS + 33, WIDTH)
+        torch.testing.assert_close(compiled(y), model(y))
+    assert peaks[1] - peaks[0] < ROWS * WIDTH * 4  # Inductor alone: three more sums
+
+
+def test_sums_that_another_sum_reads_are_written():
+    assert written(norm_first(4), torch.randn(ROWS, WIDTH)) == 3
+
+
+def test_a_sum_that_a_norm_alone_reads_is_not():
+    model = nn.Sequential(*(Layer(norm_first=False) for _ in range(4)))
+    assert written(model, torch.randn(ROWS, WIDTH)) == 0
+
+
+def test_a_sum_with_a_broadcast_term_is_not():
+    class Shifted(Layer):
+        def forward(self, x):
+            shifted = x + self.norm.bias
+            return shifted + self.fed(self.norm(shifted))
+
+    assert written(Shifted(), torch.randn(ROWS, WIDTH)) == 0
+
+
+def test_nothing_is_done_where_nothing_is_rewritten():
+    assert written(norm_first(4), torch.randn(ROWS, WIDTH), feed_forward="unfused") == 0
+
+
+def test_nothing_is_done_in_training():
+    with torch.enable_grad():
+        assert written(norm_first(4), torch.randn(ROWS, WIDTH)) == 0
+
+
+def test_a_sum_that_leaves_the_graph_is_no_view():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = norm_first(3)
+
+        def forward(self, x):
+            kept = []
+            for layer in self.layers:
+                x = layer(x)
+                kept.append(x)
+            return kept
+
+    model, x = Kept(), torch.randn(ROWS, WIDTH)
+    assert written(model, x) == 2
+    compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
+    for ours, plain in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(ours, plain)
+        assert not ours._is_view()
+        assert ours.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
+
+
+def test_a_sum_written_in_place_is_right():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Layer(), Layer()
+
+        def forward(self, x):
+            x = self.first(x)
+            again = x.view(-1)
+            again.mul_(2)
+            return self.second(x), x
+
+    model, x = InPlace(), torch.randn(ROWS, WIDTH)
+    compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
+    for ours, plain in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(ours, plain)
