@@ -17,10 +17,15 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.chain import streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
+from flashsvd_compile.kernels.chain_tiles import (
+    STREAMED_FASTEST_UP_TO_RANK,
+    STREAMED_FASTEST_UP_TO_WIDTH,
+)
 from torch import Tensor
 
 from bench.contest import contest
 from bench.measure import write_results
+from bench.targets import Target
 from bench.work import Work
 
 GATE_ROWS = 256
@@ -35,6 +40,16 @@ class Shape:
     in_size: int
     rank: int
     out_size: int
+
+    @property
+    def targets(self) -> list[Target]:
+        """No slower than unaided wherever the planner streams the chain; else it is left alone."""
+        if (
+            self.rank > STREAMED_FASTEST_UP_TO_RANK
+            or max(self.in_size, self.out_size) > STREAMED_FASTEST_UP_TO_WIDTH
+        ):
+            return []
+        return [Target("streamed", ("unfused eager", "unfused Inductor"), 1.0)]
 
     def __str__(self) -> str:
         return f"{self.rows} rows, {self.in_size} → {self.rank} → {self.out_size}"
@@ -92,7 +107,7 @@ def work_of(shape: Shape) -> Work:
 def measure_shape(shape: Shape, rounds: int) -> dict[str, Any]:
     torch._dynamo.reset()
     x, contestants, exact = build(shape)
-    print(f"\n{shape}", flush=True)
+    print(f"\n{shape}{'' if shape.targets else ', left alone'}", flush=True)
     with torch.inference_mode():
         check(x, contestants, exact)
         row = contest(
@@ -100,6 +115,7 @@ def measure_shape(shape: Shape, rounds: int) -> dict[str, Any]:
             "cuda",
             dtype=torch.bfloat16,
             work=work_of(shape),
+            targets=shape.targets,
             rounds=rounds,
         )
     return {"shape": asdict(shape), **row}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from flashsvd_compile.kernels.siblings import sibling_linears
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import (
+    MERGED_FASTEST_UP_TO_ROWS,
     TILES,
     TILES_FEW_ROWS,
     MatmulTile,
@@ -53,7 +54,6 @@ MORE_TILES = (
     MatmulTile(16, 16, 8, 4, block_k=256),
     MatmulTile(16, 16, 4, 3, block_k=512),
 )
-TARGETS = [Target("merged", ("separate eager", "separate Inductor"), 1.0)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Shape:
     in_features: int
     widths: tuple[int, ...]
     is_transposed: bool = False
+
+    @property
+    def targets(self) -> list[Target]:
+        """No slower than separate products wherever the planner merges them; else left alone."""
+        if self.rows > MERGED_FASTEST_UP_TO_ROWS:
+            return []
+        return [Target("merged", ("separate eager", "separate Inductor"), 1.0)]
 
     @property
     def name(self) -> str:
@@ -151,11 +158,11 @@ def measure_shape(shape: Shape, rounds: int) -> dict[str, Any]:
     of = operands_of(shape, "cuda")
     calls = contestants(of)
     tile = chosen_tile(shape)
-    print(f"\n{shape.name}; {tile}", flush=True)
+    print(f"\n{shape.name}; {tile}{'' if shape.targets else '; left alone'}", flush=True)
     with torch.inference_mode():
         check(of, calls)
         row = contest(
-            calls, "cuda", dtype=DTYPE, work=work_of(shape), targets=TARGETS, rounds=rounds
+            calls, "cuda", dtype=DTYPE, work=work_of(shape), targets=shape.targets, rounds=rounds
         )
     return {"shape": asdict(shape), "tile": vars(tile) if tile else None, **row}
 
