@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels import lifted_activation_tiles
+from flashsvd_compile.kernels.devices import generation_of
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
-from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 

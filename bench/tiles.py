@@ -28,15 +28,10 @@ import torch
 from flashsvd_compile.kernels import attention_tiles, feed_forward_tiles
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
+from flashsvd_compile.kernels.devices import generation_of
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
-from flashsvd_compile.kernels.tile_tables import (
-    PORTABLE,
-    TileTable,
-    generation_of,
-    path_of,
-    tables_of,
-)
+from flashsvd_compile.kernels.tile_tables import PORTABLE, TileTable, path_of, tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
 
 from bench import attention

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
+from flashsvd_compile.planner.named_devices import device_named
 from flashsvd_compile.report import SiteReport, site_reports, site_table, summary
 
 
@@ -29,18 +30,21 @@ class Explanation:
     """Every site of every graph that the model was traced into.
 
     ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
-    before and after, one pair for each graph. ``str()`` is the table.
+    before and after, one pair for each graph. ``device``: the one that was asked for, None where
+    the tensors' own counted. ``str()`` is the table.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphPair, ...]
     seconds: tuple[Mapping[str, float], ...]
+    device: str | None = None
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
         passes = sum(sum(laps.values()) for laps in self.seconds)
+        planned = "" if self.device is None else f"planned for {self.device}: "
         return (
-            f"{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
+            f"{planned}{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
             f"{site_table(self.sites)}"
         )
 
@@ -50,6 +54,7 @@ class Explanation:
             "sites": [site.to_dict() for site in self.sites],
             "graphs": [{"before": g.before, "after": g.after} for g in self.graphs],
             "seconds": [dict(laps) for laps in self.seconds],
+            "device": self.device,
         }
 
 
@@ -57,6 +62,7 @@ def explain(
     model: Callable[..., Any],
     *args: Any,
     options: Mapping[str, Any] | Options | None = None,
+    device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Trace ``model(*args, **kwargs)`` and tell what the backend would do with each site.
@@ -66,15 +72,21 @@ def explain(
     explained as the model inside it, at the sizes given. What has been compiled of it stays, and
     what will be compiled does not change.
 
-    Raises OptionsError for bad options, and whatever the model or a pass raises.
+    ``device``: what to plan for in place of the tensors' own devices, which may be ``meta``: a GPU
+    by its name (``"h100"``, ``"a10"``, ``"rtx4090"``, ...) that need not be there, ``"cpu"``, or
+    one of this machine. Cast the model to the dtype that it will have there.
+
+    Raises OptionsError for bad options, ValueError for a device that is not known, and whatever
+    the model or a pass raises.
     """
     parsed = Options.parse(options)
+    planned_for = None if device is None else device_named(device)
     found: list[Rewritten] = []
     errors: list[Exception] = []
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            found.append(rewrite(gm, example_inputs, parsed, may_measure=False))
+            found.append(rewrite(gm, example_inputs, parsed, may_measure=False, device=planned_for))
         except Exception as error:  # Dynamo would wrap it, or suppress it
             errors.append(error)
         return gm.forward
@@ -87,6 +99,7 @@ def explain(
         tuple(site for r in found for site in site_reports(r)),
         tuple(GraphPair(r.before, r.after) for r in found),
         tuple(r.seconds for r in found),
+        None if planned_for is None else planned_for.name,
     )
 
 

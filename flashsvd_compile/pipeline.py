@@ -38,7 +38,7 @@ from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.cost import size_hints
-from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.siblings import plan_siblings
 from flashsvd_compile.planner.sites import drop_taken, plan_site
@@ -64,11 +64,14 @@ def rewrite(
     options: Options,
     *,
     may_measure: bool = True,
+    device: Device | None = None,
 ) -> Rewritten:
     """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
 
     ``may_measure``: whether tiles may be timed on the device, where options ask for it.
+    ``device``: what to plan for in place of the tensors' own devices; no tile is timed then.
     """
+    device_of = device_for if device is None else lambda _: device
     clock = _Clock()
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
@@ -82,7 +85,7 @@ def rewrite(
     clock.lap("analysis")
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
-    plans = drop_taken([plan_site(s, device_for(s.device), options, hints) for s in sites])
+    plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
     clock.lap("plan")
 
     replaced: dict[fx.Node, Any] = {}
@@ -97,7 +100,7 @@ def rewrite(
 
     may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
     plans = tuple(
-        plan if result is None else _with_fastest_tile(plan, result, options, may_measure)
+        plan if result is None or device else _with_fastest_tile(plan, result, options, may_measure)
         for plan, result in zip(plans, results, strict=True)
     )
     clock.lap("measure")
@@ -105,7 +108,7 @@ def rewrite(
     _erase_dead(module.graph)
     # Latents that no site computes itself stand alone in the graph now.
     siblings, missed = find_siblings(facts, module.graph)
-    merges = [plan_siblings(s, device_for(s.device), options, hints) for s in siblings]
+    merges = [plan_siblings(s, device_of(s.device), options, hints) for s in siblings]
     for plan in merges:
         if plan.lowering == "merged":
             replaced |= _merge(plan)

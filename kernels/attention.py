@@ -17,6 +17,7 @@ from flashsvd_compile.kernels.attention_tiles import (
     widened,
 )
 from flashsvd_compile.kernels.checks import validate_output
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
     KERNEL_DTYPES,
     Described,
@@ -25,9 +26,7 @@ from flashsvd_compile.kernels.primitives import (
     is_multiple,
     launch,
     row_alignment,
-    sram_bytes_of_device,
 )
-from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 

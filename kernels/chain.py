@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile, default_tile
+from flashsvd_compile.kernels.devices import multiprocessors_of_device, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_tiles import rank_padded
 from flashsvd_compile.kernels.outer_products import latent_tile, lift_and_store
 from flashsvd_compile.kernels.primitives import (
@@ -25,10 +26,8 @@ from flashsvd_compile.kernels.primitives import (
     KERNEL_DTYPES,
     is_empty,
     launch,
-    multiprocessors_of_device,
     pointer_and_strides,
     row_alignment,
-    sram_bytes_of_device,
 )
 from torch import Tensor
 

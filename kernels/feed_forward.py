@@ -22,6 +22,7 @@ float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf
 import torch
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_stream import load_latent, stream_intermediate
 from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
@@ -31,10 +32,8 @@ from flashsvd_compile.kernels.primitives import (
     is_empty,
     launch,
     pointer_and_strides,
-    sram_bytes_of_device,
 )
 from flashsvd_compile.kernels.tile_loads import load_bias
-from flashsvd_compile.kernels.tile_tables import generation_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
 

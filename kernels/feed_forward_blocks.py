@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.activations import ACTIVATIONS
+from flashsvd_compile.kernels.devices import multiprocessors_of_device
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
@@ -79,7 +80,9 @@ def row_blocks_feed_forward(
     out = of.allocate_output(out)
     if block_rows is None:
         block_rows = default_block_rows(
-            rank_down=of.rank_down, device=of.up.device, at_once=tile is not None
+            rank_down=of.rank_down,
+            multiprocessors=multiprocessors_of_device(of.up.device, 0),
+            at_once=tile is not None,
         )
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
@@ -116,10 +119,12 @@ def row_blocks_feed_forward(
     return out
 
 
-def default_block_rows(*, rank_down: int, device: torch.device, at_once: bool = False) -> int:
-    """Rows of a block: as few as keep the GEMMs fast; ``at_once``: where one kernel lifts."""
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+def default_block_rows(*, rank_down: int, multiprocessors: int, at_once: bool = False) -> int:
+    """Rows of a block: as few as keep the GEMMs fast; ``at_once``: where one kernel lifts.
+
+    ``multiprocessors`` of the GPU; 0 on a CPU.
+    """
+    if multiprocessors:
         column_tiles = max(1, -(-rank_down // GEMM_TILE))
         waves = GPU_WAVES_AT_ONCE if at_once else GPU_WAVES
         return GEMM_TILE * -(-waves * multiprocessors // column_tiles)

@@ -23,6 +23,7 @@ float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf
 import torch
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.devices import sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_stream import stream_intermediate
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_tiles import (
@@ -39,7 +40,6 @@ from flashsvd_compile.kernels.primitives import (
     launch,
     pointer_and_strides,
     row_alignment,
-    sram_bytes_of_device,
 )
 from flashsvd_compile.kernels.tile_loads import load_bias
 from torch import Tensor

@@ -1,6 +1,5 @@
 """What every Triton kernel here shares: one matmul, one way to load a tile, one to launch."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,23 +123,6 @@ def pointer_and_strides(operand: Tensor | None, stand_in: Tensor, ndim: int) -> 
     if operand is None:
         return (stand_in, *[0] * ndim)
     return (operand, *operand.stride())
-
-
-@functools.cache
-def sram_bytes_of_device(device: torch.device, otherwise: int) -> int:
-    """Shared memory that a block may ask for; ``otherwise`` where kernels are interpreted."""
-    if device.type != "cuda":
-        return otherwise
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-@functools.cache
-def multiprocessors_of_device(device: torch.device, otherwise: int) -> int:
-    """How many blocks run at once, one on each; ``otherwise`` where kernels are interpreted."""
-    if device.type != "cuda":
-        return otherwise
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.devices import sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
@@ -31,7 +32,6 @@ from flashsvd_compile.kernels.primitives import (
     is_multiple,
     launch,
     row_alignment,
-    sram_bytes_of_device,
 )
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands
 from flashsvd_compile.kernels.siblings_tiles import GROUP_M, MAX_SIBLINGS, MatmulTile, default_tile

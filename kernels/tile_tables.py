@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from flashsvd_compile.kernels.tiles import TileConfig
 
 # The generation that stands for those without a table.
@@ -76,14 +75,6 @@ def candidates(
                 source = f"table {name}" if is_measured else "portable list"
                 return Candidates(tiles, source, is_measured)
     raise LookupError(f"no table of {kernel} for {generation or 'any GPU'} holds for {traits}")
-
-
-@cache
-def generation_of(device: torch.device) -> str:
-    """The name of a device's generation; empty for all but NVIDIA's GPUs."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return ""
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def path_of(kernel: str, generation: str) -> Path:

@@ -76,7 +76,7 @@ def test_text_and_json():
     for part in ("2 attention rank_space", "in 1 graph;", "layers.1.mlp", "row_blocks", "planned"):
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
-    assert set(record) == {"sites", "graphs", "seconds"}
+    assert set(record) == {"sites", "graphs", "seconds", "device"}
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",
         "layers.1.attention",
@@ -89,6 +89,63 @@ def test_text_and_json():
         "node",
         "source",
     }
+
+
+# ---- for a device that need not be there ---------------------------------------------------------
+
+
+def on_meta(batch: int = 128) -> tuple[Model, torch.Tensor]:
+    return Model().bfloat16().to("meta"), hidden_states(batch, 256).bfloat16().to("meta")
+
+
+@pytest.mark.parametrize(
+    ("device", "sram_kib"), [("h100", 227), ("A100", 163), ("rtx 4090", 99), ("L4", 99)]
+)
+def test_a_gpu_by_its_name(device, sram_kib):
+    told = explain(*on_meta(), device=device)
+    assert [lowering for _, _, lowering in fused(told)] == ["rank_space", "streamed_whole"] * 2
+    assert all(0 < s.plan.sram_bytes <= sram_kib * 1024 for s in told.sites if s.plan.tile)
+    assert told.device == device.lower().replace(" ", "")
+    assert f"planned for {told.device}: " in str(told)
+    assert told.to_dict()["device"] == told.device
+
+
+def test_tiles_are_of_the_named_generation():
+    def sources(device):
+        told = explain(*on_meta(), device=device)
+        return {s.plan.tiling.source for s in told.sites if s.kind == "attention"}
+
+    assert sources("h100") == {"table sm_90"}
+    assert sources("a10") == {"portable list"}
+
+
+def test_the_number_of_multiprocessors_counts():
+    def lowering(device):
+        return fused(explain(*on_meta(batch=16), device=device))[1][2]
+
+    assert (lowering("l4"), lowering("h100")) == ("streamed_whole", "unfused")
+
+
+def test_blocks_of_rows_are_those_of_the_named_device():
+    def block_rows(device):
+        told = explain(*on_meta(), device=device, options={"feed_forward": "row_blocks"})
+        return told.sites[1].plan.block_rows
+
+    assert block_rows("cpu") == block_rows(None) < block_rows("l4") < block_rows("h100")
+
+
+def test_a_named_device_leaves_compiling_as_it_was():
+    model, x = Model(), hidden_states()
+    before = fused(explain(model, x, options=OPTIONS))
+    explain(model, x, options=OPTIONS, device="h100")
+    assert fused(explain(model, x, options=OPTIONS)) == before
+    assert fused(explain(model, x, options=OPTIONS, device=torch.device("cpu"))) == before
+
+
+@pytest.mark.parametrize(("device", "nearest"), [("h10", "h100"), ("rtx4900", "rtx4090"), ("", "")])
+def test_a_device_that_nobody_knows(device, nearest):
+    with pytest.raises(ValueError, match=f"unknown device {device!r}.*nearest is '{nearest}"):
+        explain(Model(), hidden_states(), device=device)
 
 
 def test_a_near_miss_has_a_reason_and_no_plan():

@@ -63,7 +63,7 @@ def _within(room: str) -> list[str]:
 # room or module -> what it may import of this package, by prefix
 ARROWS = {
     "backend": ["explanation", "report", "fingerprint", "pipeline", "options"],
-    "explanation": ["report", "pipeline", "options"],
+    "explanation": ["report", "pipeline", "planner.named_devices", "options"],
     "report": ["pipeline", "analysis", "planner", "reason"],
     "fingerprint": ["options"],
     "pipeline": ["normalize", "analysis", "planner", "lowering", "tuning", "options", "reason"],
@@ -76,7 +76,7 @@ ARROWS = {
         "kernels.attention_tiles", "kernels.chain_tiles", "kernels.feed_forward_tiles",
         "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
         "kernels.feed_forward_blocks", "kernels.siblings_tiles", "kernels.tiles",
-        "kernels.tile_tables",
+        "kernels.tile_tables", "kernels.devices",
     ],
     "tuning": ["tuning", "analysis", "lowering.tiled"],
     "lowering": ["lowering", "analysis", "reason", "kernels"],

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from flashsvd_compile.kernels.tile_tables import generation_of
+from flashsvd_compile.kernels.devices import generation_of
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Device:
 
 # One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured; half of
 # the matmul rate is what attention kernels reach. 16 exponentials a clock and SM at 1.7 GHz.
-_HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
+HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
 _HOPPER_MULTIPROCESSORS = 132
-_HOPPER_BYTES = 3.0e12
-_EXPS_A_CLOCK = 16
+HOPPER_BYTES = 3.0e12
+EXPS_A_CLOCK = 16
 _CLOCK = 1.7e9
 
 # Two cores of a Xeon with AVX-512, torch 2.13: fp32 1024³ matmul, exp and copy through L3.
@@ -55,9 +55,9 @@ def device_for(device: torch.device) -> Device:
         properties.name,
         "cuda",
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        {size: rate * share for size, rate in _HOPPER_MACS.items()},
-        _EXPS_A_CLOCK * properties.multi_processor_count * _CLOCK,
-        _HOPPER_BYTES * share,
+        {size: rate * share for size, rate in HOPPER_MACS.items()},
+        EXPS_A_CLOCK * properties.multi_processor_count * _CLOCK,
+        HOPPER_BYTES * share,
         4e-6,
         generation=generation_of(device),
         multiprocessors=properties.multi_processor_count,

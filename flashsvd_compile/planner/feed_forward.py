@@ -107,7 +107,9 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
         sram_bytes=(sram := sram_limit(device, options)),
     )
     rows = feed_forward_blocks.default_block_rows(
-        rank_down=int(volume(site.out)), device=site.device, at_once=tile is not None
+        rank_down=int(volume(site.out)),
+        multiprocessors=device.multiprocessors,
+        at_once=tile is not None,
     )
     buffers = len(arms) if tile is None else 1
     held = sympy.Min(rows, volume(site.tokens)) * width * element * buffers

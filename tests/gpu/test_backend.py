@@ -13,6 +13,8 @@ from torch._inductor.utils import run_and_get_code
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import flashsvd_compile as fsc
+from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.named_devices import DATA_SHEETS, device_named
 
 pytestmark = [
     pytest.mark.gpu,
@@ -242,3 +244,14 @@ class LatentAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (m(x).unflatten(-1, (1, 128)).transpose(1, 2) for m in (self.q, self.k, self.v))
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_a_named_device_is_the_one_that_is_here():
+    here = device_for(torch.device("cuda:0"))
+    plain = here.name.lower().replace(" ", "")
+    found = [name for name in DATA_SHEETS if name in plain]
+    if not found:
+        pytest.skip(f"no data sheet of {here.name}")
+    named = device_named(max(found, key=len))  # "l40s", not "l4"
+    for what in ("generation", "multiprocessors", "sram_bytes"):
+        assert getattr(named, what) == getattr(here, what)

@@ -12,8 +12,8 @@ from flashsvd_compile.kernels.attention_library import rank_space_attention_libr
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.attention_tiles import AttentionExtents, sram_bytes_of, widened
-from flashsvd_compile.kernels.primitives import launch, sram_bytes_of_device
-from flashsvd_compile.kernels.tile_tables import generation_of
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
+from flashsvd_compile.kernels.primitives import launch
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.nn.attention import SDPBackend
 

@@ -155,7 +155,7 @@ def test_row_blocks_hold_one_block(rank_gate):
 
 
 def test_default_row_blocks_run():
-    rows = default_block_rows(rank_down=8, device=torch.device("cpu"))
+    rows = default_block_rows(rank_down=8, multiprocessors=0)
     operands = random_operands(rows + 1, 8, 40, 8, torch.float32)
     assert_right(row_blocks, operands, "gelu", block_rows=None)
 

@@ -1,0 +1,78 @@
+"""GPUs by name, for plans made where there is none.
+
+Peaks are those of NVIDIA's data sheets: dense tensor-core rates of 16 bits accumulated in float32,
+and boost clocks. What kernels reach of them is taken to be what an H100 was measured to reach.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from flashsvd_compile.planner.device import (
+    EXPS_A_CLOCK,
+    HOPPER_BYTES,
+    HOPPER_MACS,
+    Device,
+    device_for,
+)
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """``sram_kib``: what a block may have; ``tflops``: by bytes an element."""
+
+    generation: str
+    multiprocessors: int
+    sram_kib: int
+    tflops: dict[int, float]
+    gb_per_s: float
+    ghz: float
+
+
+DATA_SHEETS = {
+    "h100": DataSheet("sm_90", 132, 227, {2: 989, 4: 67}, 3350, 1.755),
+    "h200": DataSheet("sm_90", 132, 227, {2: 989, 4: 67}, 4800, 1.755),
+    "a100": DataSheet("sm_80", 108, 163, {2: 312, 4: 19.5}, 2039, 1.41),
+    "a10": DataSheet("sm_86", 72, 99, {2: 125, 4: 31.2}, 600, 1.695),
+    "l4": DataSheet("sm_89", 58, 99, {2: 121, 4: 30.3}, 300, 2.04),
+    "l40s": DataSheet("sm_89", 142, 99, {2: 362, 4: 91.6}, 864, 2.52),
+    "rtx3090": DataSheet("sm_86", 82, 99, {2: 71, 4: 35.6}, 936, 1.695),
+    "rtx4090": DataSheet("sm_89", 128, 99, {2: 165, 4: 82.6}, 1008, 2.52),
+    "rtx5090": DataSheet("sm_120", 170, 99, {2: 209.5, 4: 104.8}, 1792, 2.407),
+}  # fmt: skip
+_MEASURED = DATA_SHEETS["h100"]
+_LAUNCH_S = 4e-6
+
+
+def device_named(name: str | torch.device) -> Device:
+    """``"h100"``, ``"RTX 4090"``, ``"cpu"``, or a GPU of this machine: ``"cuda"``, ``"cuda:1"``.
+
+    Raises ValueError for any other name, with the nearest right one.
+    """
+    if isinstance(name, torch.device):
+        return device_for(name)
+    plain = str(name).lower().replace(" ", "").replace("-", "").replace("_", "")
+    if plain == "cpu" or plain.partition(":")[0] == "cuda":
+        return device_for(torch.device(plain))
+    sheet = DATA_SHEETS.get(plain)
+    if sheet is None:
+        allowed = [*DATA_SHEETS, "cpu", "cuda"]
+        nearest = difflib.get_close_matches(plain, allowed, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown device {name!r}; the nearest is {nearest!r} (allowed: {', '.join(allowed)})"
+        )
+    return Device(
+        plain,
+        "cuda",
+        sheet.sram_kib * 1024,
+        {
+            size: HOPPER_MACS[size] * tflops / _MEASURED.tflops[size]
+            for size, tflops in sheet.tflops.items()
+        },
+        EXPS_A_CLOCK * sheet.multiprocessors * sheet.ghz * 1e9,
+        HOPPER_BYTES * sheet.gb_per_s / _MEASURED.gb_per_s,
+        _LAUNCH_S,
+        generation=sheet.generation,
+        multiprocessors=sheet.multiprocessors,
+    )
