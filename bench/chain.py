@@ -17,10 +17,7 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.chain import streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
-from flashsvd_compile.kernels.chain_tiles import (
-    STREAMED_FASTEST_UP_TO_RANK,
-    STREAMED_FASTEST_UP_TO_WIDTH,
-)
+from flashsvd_compile.kernels.chain_tiles import is_streamed_fastest
 from torch import Tensor
 
 from bench.contest import contest
@@ -44,10 +41,7 @@ class Shape:
     @property
     def targets(self) -> list[Target]:
         """No slower than unaided wherever the planner streams the chain; else it is left alone."""
-        if (
-            self.rank > STREAMED_FASTEST_UP_TO_RANK
-            or max(self.in_size, self.out_size) > STREAMED_FASTEST_UP_TO_WIDTH
-        ):
+        if not is_streamed_fastest(rank=self.rank, widest=max(self.in_size, self.out_size)):
             return []
         return [Target("streamed", ("unfused eager", "unfused Inductor"), 1.0)]
 

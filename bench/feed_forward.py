@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels import lifted_activation_tiles
-from flashsvd_compile.kernels.devices import generation_of
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
@@ -213,12 +213,11 @@ def _lift_tile(shape: Shape, device: str) -> TileConfig | None:
     """Of the kernel that lifts row blocks, as the planner takes it."""
     if device != "cuda":
         return None
-    properties = torch.cuda.get_device_properties("cuda")
     return lifted_activation_tiles.default_tile(
         [shape.rank],
         element_bytes=getattr(torch, shape.dtype).itemsize,
         generation=generation_of(torch.device("cuda")),
-        sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        sram_bytes=sram_bytes_of_device(torch.device("cuda"), 0),
     )
 
 
@@ -235,14 +234,13 @@ def _whole(shape: Shape, core: dict[str, Tensor], outer: dict[str, Tensor], x: T
 
 
 def tile_of(shape: Shape) -> TileConfig | None:
-    properties = torch.cuda.get_device_properties("cuda")
     return default_tile(
         rank_up=shape.rank,
         rank_gate=shape.rank if shape.gated else None,
         rank_down=shape.rank,
         intermediate_size=shape.intermediate_size,
         element_bytes=getattr(torch, shape.dtype).itemsize,
-        sram_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        sram_bytes=sram_bytes_of_device(torch.device("cuda"), 0),
         generation=generation_of(torch.device("cuda")),
     )
 

@@ -20,6 +20,7 @@ from flashsvd_compile.kernels import chain_tiles, feed_forward_whole_tiles
 from flashsvd_compile.kernels.chain import streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile
+from flashsvd_compile.kernels.devices import multiprocessors_of_device, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_whole import streamed_whole_feed_forward
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeExtents, WholeTile
@@ -137,11 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=sorted(CASES))
     kind = parser.parse_args().kind
-    properties = torch.cuda.get_device_properties(0)
-    limits = (
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        properties.multi_processor_count,
-    )
+    device = torch.device("cuda:0")
+    limits = sram_bytes_of_device(device, 0), multiprocessors_of_device(device, 0)
     fitting = {case: list(case.tiles(*limits)) for case in CASES[kind]}
     jobs = [(case, tile) for case, tiles in fitting.items() for tile in tiles]
     print(f"{len(jobs)} kernels", flush=True)

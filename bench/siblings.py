@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from flashsvd_compile.kernels.devices import sram_bytes_of_device
 from flashsvd_compile.kernels.siblings import sibling_linears
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import (
@@ -149,8 +150,7 @@ def chosen_tile(shape: Shape) -> MatmulTile | None:
 
 
 def _sram_bytes() -> int:
-    properties = torch.cuda.get_device_properties("cuda")
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return sram_bytes_of_device(torch.device("cuda"), 0)
 
 
 def measure_shape(shape: Shape, rounds: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from flashsvd_compile.kernels import attention_tiles, feed_forward_tiles
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
-from flashsvd_compile.kernels.devices import generation_of
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.tile_tables import PORTABLE, TileTable, path_of, tables_of
@@ -219,8 +219,7 @@ def main() -> None:
     parser.add_argument("kernel", choices=sorted(CASES))
     parser.add_argument("--write", action="store_true", help="write the tables of this generation")
     arguments = parser.parse_args()
-    properties = torch.cuda.get_device_properties(0)
-    sram_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    sram_bytes = sram_bytes_of_device(torch.device("cuda:0"), 0)
     tiles = {
         case: [tile for tile in TILES if case.can_run(tile, sram_bytes)]
         for case in CASES[arguments.kernel]

@@ -92,6 +92,14 @@ class Builder:
             return node
         raise LookupError(f"no tensor of the graph has a size from which {size} can be computed")
 
+    def layout(self, traced: torch.Tensor) -> tuple[list[Any], list[Any]]:
+        """The sizes and strides of ``traced``, as `size` gives them; raises LookupError as it."""
+        sizes, strides = (
+            [self.size(size_of(number)) for number in numbers]
+            for numbers in (traced.shape, traced.stride())
+        )
+        return sizes, strides
+
     def traced_size(self, size: Size) -> int | torch.SymInt:
         """``size`` as tracing sees it."""
         return value(self.size(size))

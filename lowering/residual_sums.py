@@ -16,7 +16,7 @@ from collections.abc import Container
 from flashsvd_compile.lowering.builder import Builder
 from torch import fx
 
-from flashsvd_compile.analysis.axes import same, shape_of, size_of
+from flashsvd_compile.analysis.axes import same, shape_of
 from flashsvd_compile.analysis.calls import aten, is_tensor, value
 
 
@@ -42,14 +42,10 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _write(node: fx.Node) -> None:
     builder = Builder(node.next)
-    traced = value(node)
     try:
-        sizes, strides = (
-            [builder.size(size_of(number)) for number in numbers]
-            for numbers in (traced.shape, traced.stride())
-        )
+        layout = builder.layout(value(node))
     except LookupError:
         return
-    written = builder.call(aten.as_strided.default, node, sizes, strides)
+    written = builder.call(aten.as_strided.default, node, *layout)
     # What leaves the graph is no view, as it was none.
     node.replace_all_uses_with(written, lambda user: user is not written and user.op != "output")

@@ -54,12 +54,8 @@ def _with_strides_of(result: fx.Node, original: torch.Tensor, builder: Builder) 
     """``result``, copied if its strides are not those of the traced ``original``."""
     if _same_strides(value(result), original):
         return result
-    sizes, strides = (
-        [builder.size(size_of(number)) for number in numbers]
-        for numbers in (original.shape, original.stride())
-    )
     options = {"dtype": value(result).dtype, "device": value(result).device}
-    empty = builder.call(aten.empty_strided.default, sizes, strides, **options)
+    empty = builder.call(aten.empty_strided.default, *builder.layout(original), **options)
     return builder.call(aten.copy_.default, empty, result)
 
 

@@ -2,7 +2,22 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled before, the same random numbers in every test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_inference(fresh):
+    """The same, and no gradients."""
+    with torch.no_grad():
+        yield

@@ -26,12 +26,7 @@ class FeedForward(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_inference")
 
 
 @pytest.fixture

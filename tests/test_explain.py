@@ -37,12 +37,7 @@ class Model(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_inference")
 
 
 def fused(explanation: Explanation) -> list[tuple[str, str, str | None]]:

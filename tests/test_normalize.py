@@ -44,10 +44,7 @@ class Normalized:
         return [str(n.target) for g in self.graphs for n in g.graph.nodes]
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(model, dynamic=None):

@@ -21,10 +21,7 @@ from tests.spelled import (
 MERGED = {**OPTIONS, "siblings": "merged"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def siblings(model, *args, options=MERGED):

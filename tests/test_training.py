@@ -33,10 +33,7 @@ class Layer(nn.Module):
         return x + self.down(self.dropout(nn.functional.gelu(self.up(x))))
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(model, compiler):

@@ -26,11 +26,8 @@ def plan_chain(
             return replace(unfused, reason=streamed)
         return replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
     widest = max(site.in_width, site.out_width)
-    is_measured = (
-        site.rank <= chain_tiles.STREAMED_FASTEST_UP_TO_RANK
-        and widest <= chain_tiles.STREAMED_FASTEST_UP_TO_WIDTH
-    )
-    if isinstance(streamed, Plan) and is_measured and site.dtype.itemsize == 2:
+    is_fastest = chain_tiles.is_streamed_fastest(rank=site.rank, widest=widest)
+    if isinstance(streamed, Plan) and is_fastest and site.dtype.itemsize == 2:
         return streamed
     return unfused
 

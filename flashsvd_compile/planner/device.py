@@ -1,11 +1,16 @@
 """What the planner knows about a device: on-chip memory and a few measured rates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from flashsvd_compile.kernels.devices import generation_of
+from flashsvd_compile.kernels.devices import (
+    generation_of,
+    multiprocessors_of_device,
+    sram_bytes_of_device,
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,11 @@ class Device:
 
 # One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured; half of
 # the matmul rate is what attention kernels reach. 16 exponentials a clock and SM at 1.7 GHz.
-HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
+_HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
 _HOPPER_MULTIPROCESSORS = 132
-HOPPER_BYTES = 3.0e12
-EXPS_A_CLOCK = 16
-_CLOCK = 1.7e9
+_HOPPER_BYTES = 3.0e12
+_HOPPER_EXPS = 16 * _HOPPER_MULTIPROCESSORS * 1.7e9
+_GPU_LAUNCH_S = 4e-6
 
 # Two cores of a Xeon with AVX-512, torch 2.13: fp32 1024³ matmul, exp and copy through L3.
 _CPU_MACS = {2: 4.0e10, 4: 5.0e10}
@@ -49,16 +54,38 @@ def device_for(device: torch.device) -> Device:
         cores = torch.get_num_threads() / 2
         macs = {size: rate * cores for size, rate in _CPU_MACS.items()}
         return Device("cpu", device.type, 0, macs, 4.0e8 * cores, 1.5e10, 5e-6)
-    properties = torch.cuda.get_device_properties(device)
-    share = properties.multi_processor_count / _HOPPER_MULTIPROCESSORS
+    multiprocessors = multiprocessors_of_device(device, 0)
+    share = multiprocessors / _HOPPER_MULTIPROCESSORS
+    return gpu(
+        torch.cuda.get_device_name(device),
+        generation_of(device),
+        multiprocessors,
+        sram_bytes_of_device(device, 0),
+        macs=dict.fromkeys(_HOPPER_MACS, share),
+        exps=share,
+        bytes_=share,
+    )
+
+
+def gpu(
+    name: str,
+    generation: str,
+    multiprocessors: int,
+    sram_bytes: int,
+    *,
+    macs: Mapping[int, float],
+    exps: float,
+    bytes_: float,
+) -> Device:
+    """A GPU whose rates are these multiples of an H100's; ``macs`` by bytes an element."""
     return Device(
-        properties.name,
+        name,
         "cuda",
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        {size: rate * share for size, rate in HOPPER_MACS.items()},
-        EXPS_A_CLOCK * properties.multi_processor_count * _CLOCK,
-        HOPPER_BYTES * share,
-        4e-6,
-        generation=generation_of(device),
-        multiprocessors=properties.multi_processor_count,
+        sram_bytes,
+        {size: rate * macs[size] for size, rate in _HOPPER_MACS.items()},
+        _HOPPER_EXPS * exps,
+        _HOPPER_BYTES * bytes_,
+        _GPU_LAUNCH_S,
+        generation=generation,
+        multiprocessors=multiprocessors,
     )

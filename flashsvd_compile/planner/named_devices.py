@@ -9,13 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashsvd_compile.planner.device import (
-    EXPS_A_CLOCK,
-    HOPPER_BYTES,
-    HOPPER_MACS,
-    Device,
-    device_for,
-)
+from flashsvd_compile.planner.device import Device, device_for, gpu
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,6 @@ DATA_SHEETS = {
     "rtx5090": DataSheet("sm_120", 170, 99, {2: 209.5, 4: 104.8}, 1792, 2.407),
 }  # fmt: skip
 _MEASURED = DATA_SHEETS["h100"]
-_LAUNCH_S = 4e-6
 
 
 def device_named(name: str | torch.device) -> Device:
@@ -62,17 +55,12 @@ def device_named(name: str | torch.device) -> Device:
         raise ValueError(
             f"unknown device {name!r}; the nearest is {nearest!r} (allowed: {', '.join(allowed)})"
         )
-    return Device(
+    return gpu(
         plain,
-        "cuda",
+        sheet.generation,
+        sheet.multiprocessors,
         sheet.sram_kib * 1024,
-        {
-            size: HOPPER_MACS[size] * tflops / _MEASURED.tflops[size]
-            for size, tflops in sheet.tflops.items()
-        },
-        EXPS_A_CLOCK * sheet.multiprocessors * sheet.ghz * 1e9,
-        HOPPER_BYTES * sheet.gb_per_s / _MEASURED.gb_per_s,
-        _LAUNCH_S,
-        generation=sheet.generation,
-        multiprocessors=sheet.multiprocessors,
+        macs={size: sheet.tflops[size] / peak for size, peak in _MEASURED.tflops.items()},
+        exps=sheet.multiprocessors * sheet.ghz / (_MEASURED.multiprocessors * _MEASURED.ghz),
+        bytes_=sheet.gb_per_s / _MEASURED.gb_per_s,
     )

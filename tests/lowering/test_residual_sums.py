@@ -25,12 +25,7 @@ class Layer(nn.Module):
         return x + self.fed(self.norm(x)) if self.norm_first else self.norm(x + self.fed(x))
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_inference")
 
 
 def written(model, *inputs, **options) -> int:

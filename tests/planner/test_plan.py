@@ -13,11 +13,12 @@ from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
-from flashsvd_compile.planner.device import Device, device_for
+from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.named_devices import device_named
 from flashsvd_compile.planner.sites import drop_taken, plan_site
 from flashsvd_compile.reason import Code
 
-HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6, "sm_90", 132)
+HOPPER = device_named("h100")
 CPU = device_for(torch.device("cpu"))
 
 
