@@ -143,6 +143,13 @@ def test_a_device_that_nobody_knows(device, nearest):
         explain(Model(), hidden_states(), device=device)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_a_gpu_of_a_machine_that_has_none(device):
+    with pytest.raises(ValueError, match=r"no GPU here to be device 'cuda.*h100, h200"):
+        explain(Model(), hidden_states(), device=device)
+
+
 def test_a_near_miss_has_a_reason_and_no_plan():
     class Shared(Layer):
         def forward(self, x):

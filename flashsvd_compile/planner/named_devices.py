@@ -41,13 +41,14 @@ _MEASURED = DATA_SHEETS["h100"]
 def device_named(name: str | torch.device) -> Device:
     """``"h100"``, ``"RTX 4090"``, ``"cpu"``, or a GPU of this machine: ``"cuda"``, ``"cuda:1"``.
 
-    Raises ValueError for any other name, with the nearest right one.
+    Raises ValueError for any other name, with the nearest right one, and for a GPU of this machine
+    where it has none.
     """
     if isinstance(name, torch.device):
-        return device_for(name)
+        return _present(name)
     plain = str(name).lower().replace(" ", "").replace("-", "").replace("_", "")
     if plain == "cpu" or plain.partition(":")[0] == "cuda":
-        return device_for(torch.device(plain))
+        return _present(torch.device(plain))
     sheet = DATA_SHEETS.get(plain)
     if sheet is None:
         allowed = [*DATA_SHEETS, "cpu", "cuda"]
@@ -64,3 +65,10 @@ def device_named(name: str | torch.device) -> Device:
         exps=sheet.multiprocessors * sheet.ghz / (_MEASURED.multiprocessors * _MEASURED.ghz),
         bytes_=sheet.gb_per_s / _MEASURED.gb_per_s,
     )
+
+
+def _present(device: torch.device) -> Device:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        names = ", ".join(DATA_SHEETS)
+        raise ValueError(f"no GPU here to be device {str(device)!r}; by name there are {names}")
+    return device_for(device)
