@@ -295,6 +295,8 @@ def rank_space_attention_kernel(
             ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
         )  # fmt: skip
 
+    # Inductor hands a number over as float64, in which all that it meets would be computed.
+    scale = tl.cast(scale, tl.float32)
     # A q̃ that is rounded anyway takes the scale along; dense queries keep their exact values.
     if MASK != "added":
         scale = scale * LOG2E

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import flashsvd_compile as fsc
 from flashsvd_compile.planner.device import device_for
@@ -110,6 +117,23 @@ def test_vit_under_inductor(mode):
     for _ in range(3):  # CUDA graphs record on the second call and replay on the third
         pixels = torch.randn(4, 3, 48, 48, device="cuda")
         check(model, compiled, {"pixel_values": pixels}, torch.bfloat16)
+
+
+def test_queries_and_keys_read_at_full_width_under_inductor():
+    """Rotated ones: the kernel scales their scores, by a number that Inductor makes a float64."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=424, use_cache=False,
+    )  # fmt: skip
+    model = LlamaModel(config).eval().cuda()
+    fsc.compress_(model, keep=0.4)
+    model.to(torch.bfloat16)
+    inputs = tokens(3, 77, padded=False)
+    assert ("attention", "rank_space") in lowerings(model, inputs, FORCED)
+    compiled = torch.compile(model, backend="flashsvd", options=FORCED)
+    check(model, compiled, inputs, torch.bfloat16)
 
 
 def test_row_blocks_on_a_gpu():
