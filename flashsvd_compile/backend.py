@@ -11,6 +11,7 @@ from torch import fx
 from flashsvd_compile.fingerprint import fingerprint
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
+from flashsvd_compile.planner.budget import BudgetError
 from flashsvd_compile.report import dump, site_reports, site_table, summary
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,14 @@ def flashsvd(
     ``mode`` and ``options`` are those of ``torch.compile``; see :class:`Options`. If a pass fails,
     the untouched graph is compiled and a warning says what to report.
 
-    Raises OptionsError for an unknown option, value or mode.
+    Raises OptionsError for an unknown option, value or mode, and BudgetError where no choice of
+    lowerings keeps ``memory_budget``.
     """
     parsed = Options.parse(options, mode)
     try:
         rewritten = rewrite(gm, example_inputs, parsed)
+    except BudgetError:
+        raise
     except Exception:
         log.warning(
             "flashsvd left a graph as it was, because a pass failed. Results are right, but "

@@ -36,6 +36,11 @@ class Options:
     same activations; ``"merged"`` is one launch for all of them.
     ``sram_budget``: bytes of shared memory that one block may use, as a number or ``"99KiB"``;
     the device's own limit by default.
+    ``memory_budget``: bytes of transient activations that one forward may hold beyond its inputs
+    and outputs, as a number or ``"96MiB"``; inference only. Where no choice of lowerings keeps it,
+    compiling raises BudgetError. ``max_batch`` and ``max_length``: the largest first and second
+    size of dynamic inputs that the budget has to hold for; beyond them, or beyond the first call's
+    where they are not given, another graph is planned.
     ``autotune``: whether tiles of kernels are timed on the GPU while a model is compiled, a few for
     each kind of call, and the fastest kept on disk (`cache_directory`). ``"auto"``: where the GPU's
     generation has no table of tiles, and everywhere under Inductor's ``max_autotune``, which
@@ -52,6 +57,9 @@ class Options:
     chain: str = "auto"
     siblings: str = "auto"
     sram_budget: int | None = None
+    memory_budget: int | None = None
+    max_batch: int | None = None
+    max_length: int | None = None
     autotune: bool | str = "auto"
     debug_dir: Path | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -160,6 +168,12 @@ def cache_directory() -> Path:
     return caches / "flashsvd_compile"
 
 
+def _count(name: str, value: Any) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise OptionsError(f"{name}={value!r}: a whole number of at least 1 is needed")
+
+
 def _directory(name: str, value: Any) -> Path | None:
     if value is None or isinstance(value, (str, Path)):
         return None if value is None else Path(value)
@@ -173,6 +187,9 @@ _VALIDATE: dict[str, Any] = {
     "chain": _one_of(CHAIN_LOWERINGS),
     "siblings": _one_of(SIBLINGS_LOWERINGS),
     "sram_budget": parse_bytes,
+    "memory_budget": parse_bytes,
+    "max_batch": _count,
+    "max_length": _count,
     "autotune": _one_of(AUTOTUNE),
     "debug_dir": _directory,
 }

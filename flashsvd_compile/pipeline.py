@@ -37,8 +37,10 @@ from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
+from flashsvd_compile.planner.budget import plan_within_budget
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import Device, device_for
+from flashsvd_compile.planner.largest_sizes import hold_at_most, largest_sizes
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.siblings import plan_siblings
 from flashsvd_compile.planner.sites import drop_taken, plan_site
@@ -86,6 +88,10 @@ def rewrite(
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
     plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
+    if options.memory_budget is not None:
+        sizes = largest_sizes(module.graph, options, hints)
+        plans = plan_within_budget(plans, module.graph, facts, device_of, options, sizes)
+        hold_at_most(module.graph, sizes)
     clock.lap("plan")
 
     replaced: dict[fx.Node, Any] = {}
@@ -133,7 +139,7 @@ def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[f
     builder = Builder(node, facts.space, instead)
     if isinstance(site, AttentionSite):
         sram_budget = 0 if plan.tiling is None else plan.tiling.sram_limit
-        result = lower_attention(site, builder, plan.tile, sram_budget)
+        result = lower_attention(site, builder, plan.tile, sram_budget, plan.blocks)
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed_whole":
@@ -166,7 +172,7 @@ def _merge(plan: Plan) -> dict[fx.Node, Any]:
 def _with_fastest_tile(plan: Plan, result: fx.Node, options: Options, may_measure: bool) -> Plan:
     """The plan and its node with the tile that was measured to be fastest, where that is asked."""
     tiling = plan.tiling
-    if tiling is None or len(tiling.candidates) < 2:
+    if tiling is None or len(tiling.candidates) < 2 or plan.blocks is not None:
         return plan
     if not options.times_tiles(tiling.is_measured):
         return plan

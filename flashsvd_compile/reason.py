@@ -18,6 +18,7 @@ class Code(str, Enum):
     DTYPE = "dtype"
     FORCED = "forced"
     LATENT_HAS_OTHER_USER = "latent_has_other_user"
+    MEMORY_BUDGET = "memory_budget"
     MUTATED = "mutated"
     NO_FUSED_LOWERING = "no_fused_lowering"
     NO_LOW_RANK_OPERAND = "no_low_rank_operand"

@@ -4,11 +4,16 @@
     after    rank_space_attention(pq, pk, pv, vq, bq, vk, vv, bv, mask)
 
 pq, pk, pv are the latents as they stand in the graph, seen as [B, H_x, rows, rank]; the lifts that
-nothing reads any more disappear. An operand that the plan keeps dense is passed as it is.
+nothing reads any more disappear. An operand that the plan keeps dense is passed as it is. In blocks
+of the batch and of heads, latents do not stand in the graph either:
+
+    before   pq = linear(x, uq); ..
+    after    rank_space_attention_blocks(x, x, x, vq, .., uq, .., block_batch=8, block_heads=12)
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from flashsvd_compile.lowering import ops
@@ -20,37 +25,79 @@ from flashsvd_compile.analysis.axes import Dim, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
-from flashsvd_compile.analysis.site_records import Arm, AttentionSite
+from flashsvd_compile.analysis.site_records import Arm, AttentionBlocks, AttentionSite
 
 
 def lower_attention(
-    site: AttentionSite, builder: Builder, tile: Sequence[int], sram_budget: int
+    site: AttentionSite,
+    builder: Builder,
+    tile: Sequence[int],
+    sram_budget: int,
+    blocks: AttentionBlocks | None = None,
 ) -> fx.Node:
     """Write the site in rank space; returns the node that stands for ``site.node``."""
     query, key, val = site.query, site.key, site.value
     mask = _mask(site, builder)
-    scale = site.scale * query.scale * key.scale
-    result = builder.call(
-        ops.rank_space_attention,
-        _latent(site, builder, query),
-        _latent(site, builder, key),
-        _latent(site, builder, val),
+    numbers: dict[str, Any] = {
+        "num_heads": site.num_heads,
+        "is_causal": site.is_causal or mask.is_causal,
+        "scale": site.scale * query.scale * key.scale,
+        "tile": list(tile),
+        "sram_budget": sram_budget,
+    }
+    lifts = (
         _factor(site, builder, query),
         _bias(site, builder, query),
         _factor(site, builder, key),
         _factor(site, builder, val),
         _bias(site, builder, val),
         mask.tensor,
-        _bias(site, builder, key) if torch.is_grad_enabled() else None,
-        num_heads=site.num_heads,
-        is_causal=site.is_causal or mask.is_causal,
-        scale=scale,
-        tile=list(tile),
-        sram_budget=sram_budget,
     )
+    if blocks is None:
+        latents = (_latent(site, builder, arm) for arm in (query, key, val))
+        k_bias = _bias(site, builder, key) if torch.is_grad_enabled() else None
+        result = builder.call(ops.rank_space_attention, *latents, *lifts, k_bias, **numbers)
+    else:
+        result = _write_blocks(site, builder, blocks, lifts, numbers)
     result = builder.times(result, val.scale)
     labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))
     return builder.arrange(labelled, site.out_dims)
+
+
+def _write_blocks(
+    site: AttentionSite,
+    builder: Builder,
+    blocks: AttentionBlocks,
+    lifts: Sequence[fx.Node | None],
+    numbers: dict[str, Any],
+) -> fx.Node:
+    inputs: list[fx.Node] = []
+    products: list[fx.Node | None] = []
+    heads = []
+    for name, arm in site.arms.items():
+        own_heads = _heads(builder, arm, arm.latent)
+        heads.append(int(volume(own_heads)))
+        if (entry := blocks.entries.get(name)) is None:
+            inputs.append(_latent(site, builder, arm))
+            products += [None, None]
+            continue
+        x = builder.arrange(entry.x, [arm.batch, arm.rows, entry.hidden])
+        inputs.append(builder.cast(x, site.dtype))
+        u = builder.arrange(entry.factor, [own_heads + arm.rank, entry.hidden])
+        products += [
+            builder.cast(u, site.dtype),
+            builder.bias(entry.biases, own_heads + arm.rank, site.dtype),
+        ]
+    return builder.call(
+        ops.rank_space_attention_blocks,
+        *inputs,
+        *lifts,
+        *products,
+        heads=heads,
+        block_batch=blocks.batch,
+        block_heads=blocks.heads,
+        **numbers,
+    )
 
 
 def _heads(builder: Builder, arm: Arm, tensor: Labelled) -> Dim:

@@ -10,6 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from flashsvd_compile.kernels.attention_blocks import (
+    BlockedAttention,
+    LatentSource,
+    blocked_attention,
+)
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
@@ -34,6 +39,11 @@ _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 # so that training finds its gradient, which is zero, where the model's own graph would.
 _ATTENTION_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask", "k_bias",
+)  # fmt: skip
+# ``q``, ``k`` and ``v`` are x where there is a factor that makes the latent of it, ``q_u``.
+_ATTENTION_BLOCKS_TENSORS = (
+    "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask",
+    "q_u", "q_latent_bias", "k_u", "k_latent_bias", "v_u", "v_latent_bias",
 )  # fmt: skip
 _FEED_FORWARD_TENSORS = (
     "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
@@ -63,6 +73,15 @@ _LIBRARY.define(
         "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0",
     )
 )
+# ``heads``: of q, k and v, where x does not tell.
+_LIBRARY.define(
+    "rank_space_attention_blocks"
+    + _schema(
+        _ATTENTION_BLOCKS_TENSORS,
+        "int num_heads, bool is_causal, float scale, int[] heads, int block_batch, "
+        "int block_heads, int[] tile, int sram_budget=0",
+    )
+)
 _LIBRARY.define(
     "streamed_feed_forward" + _schema(_FEED_FORWARD_TENSORS, "str activation, int[] tile")
 )
@@ -81,6 +100,7 @@ _LIBRARY.define(
 )
 
 rank_space_attention = torch.ops.flashsvd.rank_space_attention.default
+rank_space_attention_blocks = torch.ops.flashsvd.rank_space_attention_blocks.default
 streamed_feed_forward = torch.ops.flashsvd.streamed_feed_forward.default
 row_blocks_feed_forward_op = torch.ops.flashsvd.row_blocks_feed_forward.default
 sibling_linears = torch.ops.flashsvd.sibling_linears.default
@@ -110,6 +130,40 @@ def _attention_on_triton(
 
     of = _attention_operands(tensors, numbers)
     return launch(of, tile=_tile(tile), sram_budget=sram_budget)
+
+
+def _attention_blocks_on_library(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
+    del tile, sram_budget
+    return _attention_blocks(
+        tensors, numbers, lambda of, out: out.copy_(rank_space_attention_library(of))
+    )
+
+
+def _attention_blocks_on_triton(
+    *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
+) -> Tensor:
+    from flashsvd_compile.kernels.attention import rank_space_attention as launch
+
+    def attend(of: AttentionOperands, out: Tensor) -> None:
+        launch(of, tile=_tile(tile), out=out, sram_budget=sram_budget)
+
+    return _attention_blocks(tensors, numbers, attend)
+
+
+def _attention_blocks(
+    tensors: Sequence[Tensor | None], numbers: dict[str, Any], attend: Callable[..., Any]
+) -> Tensor:
+    named = _named(_ATTENTION_BLOCKS_TENSORS, tensors)
+    blocks = {name: numbers.pop(name) for name in ("block_batch", "block_heads")}
+    queries, sources = named["q"], {}
+    for name, heads in zip("qkv", numbers.pop("heads"), strict=True):
+        u, bias = named.pop(f"{name}_u", None), named.pop(f"{name}_latent_bias", None)
+        if u is not None:
+            sources[name] = LatentSource(named[name], u, bias, heads)
+    blocked = BlockedAttention(AttentionOperands(**named, **numbers), sources)
+    return blocked_attention(blocked, attend, queries=queries, **blocks)
 
 
 def _streamed_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
@@ -192,6 +246,10 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
 
 
 _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "rank_space_attention_blocks", _attention_blocks_on_library, "CompositeExplicitAutograd"
+)
+_LIBRARY.impl("rank_space_attention_blocks", _attention_blocks_on_triton, "CUDA")
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_whole_feed_forward", _whole_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_chain", _chain_on_library, "CompositeExplicitAutograd")
@@ -235,6 +293,15 @@ def _attention_shape(
     v_factor = _named(_ATTENTION_TENSORS[3:], tensors).get("v_factor")
     head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
     return q.new_empty((q.shape[0], q.shape[2], num_heads, head_dim_v)).transpose(1, 2)
+
+
+@torch.library.register_fake("flashsvd::rank_space_attention_blocks", lib=_LIBRARY)
+def _attention_blocks_shape(
+    q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, num_heads: int, **_: Any
+) -> Tensor:
+    v_factor = _named(_ATTENTION_BLOCKS_TENSORS[3:], tensors).get("v_factor")
+    head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
+    return q.new_empty((q.shape[0], q.shape[-2], num_heads, head_dim_v)).transpose(1, 2)
 
 
 def _feed_forward_shape(

@@ -22,7 +22,13 @@ from flashsvd_compile.analysis.factored import Factored, Labelled
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.low_rank import is_low_rank
 from flashsvd_compile.analysis.regions import between, other_user
-from flashsvd_compile.analysis.site_records import ChainEnds, Entry, Exit, Outer
+from flashsvd_compile.analysis.site_records import (
+    AttentionSite,
+    ChainEnds,
+    Entry,
+    Exit,
+    Outer,
+)
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 _PARTS = "one token a row"
@@ -83,6 +89,37 @@ def outer_factors(
     return problem or Outer(
         entries[0], entries[1] if len(entries) > 1 else None, exit_, inside | {lifts[0]}
     )
+
+
+def attention_entries(facts: Facts, site: AttentionSite) -> dict[str, Entry]:
+    """By arm the products that make the latents which ``site`` alone reads, each one of its own."""
+    entries: dict[str, Entry] = {}
+    latents = [arm.latent.node for arm in site.arms.values()]
+    for name, arm in site.arms.items():
+        if (
+            arm.factor is None
+            or latents.count(arm.latent.node) > 1
+            or any(atom.broadcast for atom in (*arm.batch, *arm.rows))
+        ):
+            continue
+        atoms = set(arm.latent.atoms(facts.space))
+        heads = tuple(atom for atom in arm.heads if atom in atoms)
+        entry = read_entry(facts, arm.latent, arm.batch + arm.rows, heads + arm.rank)
+        if isinstance(entry, Entry) and not _check_taken(facts, entry, site):
+            entries[name] = entry
+    return entries
+
+
+def _check_taken(facts: Facts, entry: Entry, site: AttentionSite) -> Reason | None:
+    """Why the latent that ``entry`` makes has to stand in the graph."""
+    everything = entry.region | site.region
+    if shared := other_user(entry.region, everything):
+        return shared
+    if any(facts.regions[node] != facts.regions[site.node] for node in entry.region):
+        return reason_at(site.node, Code.REGION_CROSSED, "autocast or grad mode changes inside")
+    if value(entry.x.node).dtype != site.dtype:
+        return reason_at(entry.x.node, Code.DTYPE, str(value(entry.x.node).dtype), str(site.dtype))
+    return None
 
 
 def check_private(

@@ -9,6 +9,7 @@ where H_x is a leading part of the heads (all of them, one for each group, or no
 laid the heads out no longer shows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -123,6 +124,23 @@ class Entry:
     rank: Dim
     hidden: Dim
     region: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """An attention site in blocks of ``batch`` × ``heads``, the latents of which it computes.
+
+    ``entries``: by arm, ``"q"``, ``"k"`` or ``"v"``, the products that make the latents; the others
+    are read as they stand in the graph.
+    """
+
+    batch: int
+    heads: int
+    entries: Mapping[str, Entry]
+
+    @property
+    def region(self) -> frozenset[fx.Node]:
+        return frozenset().union(*(entry.region for entry in self.entries.values()))
 
 
 @dataclass(frozen=True)

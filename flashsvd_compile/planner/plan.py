@@ -7,6 +7,7 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import Size
 from flashsvd_compile.analysis.site_records import (
+    AttentionBlocks,
     ChainEnds,
     ChainSite,
     FeedForwardSite,
@@ -24,9 +25,9 @@ class Plan:
     """How a site will run.
 
     ``site`` may differ from the one found: arms that are cheaper lifted are dense in it.
-    ``tile`` (the fields of a kernel's tile) or ``block_rows`` where the lowering has them;
-    ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the site
-    will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
+    ``tile`` (the fields of a kernel's tile), ``block_rows`` or ``blocks`` where the lowering has
+    them; ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the
+    site will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
     """
 
     site: Site
@@ -36,6 +37,7 @@ class Plan:
     unfused_bytes: Size = sympy.S.Zero
     tiling: Tiling | None = None
     block_rows: int = 0
+    blocks: AttentionBlocks | None = None
 
     @property
     def tile(self) -> tuple[int, ...]:

@@ -1,0 +1,143 @@
+"""Which nodes of a graph own memory once Inductor has compiled it, and which are formulas.
+
+    y = gelu(x @ w);  z = layer_norm(y + r);  p = z @ u
+
+x @ w, z and p lie in memory: matmuls and other library calls read and write whole tensors. gelu,
+the sum and the norm's statistics do not: elementwise operators and reductions are computed where
+they are read, by the kernel that writes z.
+
+The rules are Inductor's (torch 2.11 to 2.13, ``ir.StorageBox.should_realize_on_reuse`` and
+``ir.ExternKernel``): what a library call reads or the graph returns is written; so is what several
+read, if computing it loads more than four tensors, and anything that loads more than eight.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from flashsvd_compile.analysis.axes import Size, size_of
+from flashsvd_compile.analysis.calls import aten, is_aten, overload, packet, value
+from flashsvd_compile.memory.view import GraphView
+
+# ``torch._inductor.config.realize_reads_threshold`` and ``realize_acc_reads_threshold``.
+MOST_LOADS_OF_SHARED = 4
+MOST_LOADS = 8
+
+# What Inductor computes where it is read, beside all that torch tags as elementwise or reduction.
+_FUSED = {
+    aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten.group_norm, aten.native_group_norm,
+    aten.batch_norm, aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax,
+    aten.embedding, aten.where, aten.arange, aten.full, aten.full_like, aten.new_full, aten.zeros,
+    aten.zeros_like, aten.new_zeros, aten.ones, aten.ones_like, aten.new_ones, aten.empty,
+    aten.empty_like, aten.new_empty, aten.scalar_tensor, aten.lift_fresh_copy, aten.to,
+    aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.copy, aten.reshape, aten.flatten,
+    aten.unflatten, aten.dropout, aten.feature_dropout, aten.detach, aten.alias, aten.masked_fill,
+    aten.tril, aten.triu, aten.constant_pad_nd, aten.pad, aten.gather, aten.index,
+    aten.index_select, aten.repeat, aten.repeat_interleave, aten.flip, aten.roll, aten.mean,
+    aten.sum, aten.var, aten.std, aten.amax, aten.amin, aten.any, aten.all, aten.eye,
+    aten.one_hot, aten.logical_and, aten.logical_or, aten.logical_not, aten.square, aten.rsub,
+    aten.glu, aten.addcmul, aten.expand, aten.movedim, aten.take_along_dim, aten.linspace,
+}  # fmt: skip
+_FUSED_TAGS = {torch.Tag.pointwise} | {
+    tag for name in ("reduction",) if (tag := getattr(torch.Tag, name, None)) is not None
+}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """``size_bytes`` of memory that ``node`` owns; ``reads``: the buffers it is computed from.
+
+    ``is_fused``: written by a kernel of Inductor's, which may put it in the place of one it reads
+    for the last time. ``is_output``: what the graph returns, or a part of it.
+    """
+
+    node: fx.Node
+    size_bytes: Size
+    reads: frozenset[fx.Node]
+    is_fused: bool
+    is_output: bool
+
+
+def find_buffers(view: GraphView) -> list[Buffer]:
+    """The buffers of a graph in the order they are written; graph inputs are none."""
+    owners = _owners(view)
+    forced, returned = _forced(view, owners)
+    readers = view.readers()
+    loads: dict[fx.Node, frozenset[fx.Node]] = {}
+    buffers = []
+    for node in view.nodes:
+        if node.op != "call_function" or not _tensors(node):
+            continue
+        if (owner := owners.get(node, node)) is not node:
+            loads[node] = loads.get(owner, frozenset())
+            continue
+        inputs = view.inputs(node)
+        reads = frozenset().union(*(loads.get(x, frozenset()) for x in inputs))
+        fused = node not in view.lowered and _is_fused(node)
+        weights = sum(x.op in ("placeholder", "get_attr") for x in inputs)
+        is_shared = readers[node] > 1
+        is_formula = not _is_written_all_the_same(is_shared, len(reads) + weights)
+        if fused and node not in forced and is_formula:
+            loads[node] = reads
+            continue
+        loads[node] = frozenset({node})
+        buffers.append(Buffer(node, tensor_bytes(_tensors(node)), reads, fused, node in returned))
+    return buffers
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> Size:
+    """Bytes of all ``tensors``, a formula of the graph's symbols."""
+    return sympy.Add(
+        *(sympy.Mul(*map(size_of, tensor.shape)) * tensor.dtype.itemsize for tensor in tensors)
+    )
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(value(node)) if isinstance(x, torch.Tensor)]
+
+
+def _owners(view: GraphView) -> dict[fx.Node, fx.Node]:
+    """The node that made the memory which each tensor lies in, where that is another one."""
+    first: dict[int, fx.Node] = {}
+    owners: dict[fx.Node, fx.Node] = {}
+    for node in view.nodes:
+        if node.target is operator.getitem:
+            source = node.all_input_nodes[0]
+            owners[node] = owners.get(source, source)
+            continue
+        for tensor in _tensors(node):
+            storage = tensor.untyped_storage()._cdata
+            if storage in first:
+                owners[node] = first[storage]
+            elif not isinstance(value(node), (list, tuple)):
+                first[storage] = node
+    return owners
+
+
+def _forced(view: GraphView, owners: dict[fx.Node, fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What a library call or a view by strides reads; and what the graph returns."""
+    read: set[fx.Node] = set()
+    returned: set[fx.Node] = set()
+    for node in view.nodes:
+        sources = {owners.get(x, x) for x in view.inputs(node)}
+        is_library = node in view.lowered or not (_is_fused(node) or node in owners)
+        if node.op == "output":
+            returned |= sources
+        elif is_library or node.target is aten.as_strided.default:
+            read |= sources
+    return read | returned, returned
+
+
+def _is_fused(node: fx.Node) -> bool:
+    if not is_aten(node):
+        return node.op != "call_function" or not _tensors(node)
+    return packet(node) in _FUSED or bool(_FUSED_TAGS & set(overload(node).tags))
+
+
+def _is_written_all_the_same(is_shared: bool, loads: int) -> bool:
+    return loads > MOST_LOADS or (is_shared and loads > MOST_LOADS_OF_SHARED)

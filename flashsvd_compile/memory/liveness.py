@@ -1,0 +1,138 @@
+"""How much a graph holds at most: a walk over its buffers, from the first write to the last read.
+
+A library call's result lies beside all that it reads. A kernel that Inductor writes puts its result
+in the place of something of the same size that it reads for the last time. What the graph returns
+stays to the end.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from flashsvd_compile.analysis.axes import Size
+from flashsvd_compile.analysis.calls import value
+from flashsvd_compile.memory.buffers import Buffer, find_buffers
+from flashsvd_compile.memory.view import GraphView
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held while ``node`` runs: bytes by the node that owns them.
+
+    ``scratch_bytes``: what the operator takes for itself meanwhile; ``returned``: the owners that
+    the graph returns.
+    """
+
+    node: fx.Node
+    held: Mapping[fx.Node, Size]
+    scratch_bytes: Size
+    returned: frozenset[fx.Node]
+
+    @property
+    def transient_bytes(self) -> Size:
+        """Without what the graph returns."""
+        kept = (size for node, size in self.held.items() if node not in self.returned)
+        return sympy.Add(self.scratch_bytes, *kept)
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """The moments of one run of a graph, in order; sizes are formulas of the graph's symbols."""
+
+    moments: Sequence[Moment]
+
+    def peak(self, at: Callable[[Size], float]) -> tuple[Moment | None, int]:
+        """The moment of most transient bytes at the sizes that ``at`` puts in, and those bytes."""
+        counted = self._counted(at, lambda moment, node: node not in moment.returned)
+        best = max(range(len(counted)), key=counted.__getitem__, default=None)
+        return (None, 0) if best is None else (self.moments[best], round(counted[best]))
+
+    def peak_total_bytes(self, at: Callable[[Size], float]) -> int:
+        """The most bytes at once, returned ones included."""
+        return round(max(self._counted(at, lambda moment, node: True), default=0))
+
+    def _counted(
+        self, at: Callable[[Size], float], counts: Callable[[Moment, fx.Node], bool]
+    ) -> list[float]:
+        """Bytes of each moment; each size is put in once."""
+        known: dict[Size, float] = {}
+
+        def bytes_of(size: Size) -> float:
+            if size not in known:
+                known[size] = at(size)
+            return known[size]
+
+        return [
+            bytes_of(m.scratch_bytes)
+            + sum(bytes_of(size) for node, size in m.held.items() if counts(m, node))
+            for m in self.moments
+        ]
+
+    @property
+    def peak_formula(self) -> Size:
+        """The most transient bytes, whatever the sizes: a maximum over the moments."""
+        return sympy.Max(0, *_undominated({m.transient_bytes for m in self.moments}))
+
+
+def walk(view: GraphView) -> MemoryProfile:
+    """The profile of one run."""
+    buffers = find_buffers(view)
+    index_of = {buffer.node: index for index, buffer in enumerate(buffers)}
+    last_read = {read: index for index, b in enumerate(buffers) for read in b.reads}
+    returned = frozenset(b.node for b in buffers if b.is_output)
+    ahead: dict[int, list[Buffer]] = {}
+    for buffer in buffers:
+        found = view.lowered.get(buffer.node)
+        if found is not None and found.is_early and buffer.reads:
+            ahead.setdefault(min(index_of[read] for read in buffer.reads), []).append(buffer)
+    held: dict[fx.Node, Size] = {}
+    moments = []
+    for index, buffer in enumerate(buffers):
+        dying = [n for n in buffer.reads if last_read[n] == index and n not in returned]
+        replaced = _replaced(buffer, dying, held)
+        if replaced is not None:
+            del held[replaced]
+        held[buffer.node] = buffer.size_bytes
+        held |= {early.node: early.size_bytes for early in ahead.get(index, ())}
+        lowered = view.lowered.get(buffer.node)
+        scratch = sympy.S.Zero if lowered is None else lowered.scratch_bytes
+        moments.append(Moment(buffer.node, dict(held), scratch, returned))
+        for node in dying:
+            held.pop(node, None)
+        if buffer.node not in last_read and buffer.node not in returned:
+            held.pop(buffer.node)
+    return MemoryProfile(moments)
+
+
+def _replaced(buffer: Buffer, dying: list[fx.Node], held: Mapping[fx.Node, Size]) -> fx.Node | None:
+    """The buffer in whose place ``buffer`` is written."""
+    if not buffer.is_fused:
+        return None
+    dtype = getattr(value(buffer.node), "dtype", None)
+    return next(
+        (
+            node
+            for node in dying
+            if held.get(node) == buffer.size_bytes and getattr(value(node), "dtype", None) == dtype
+        ),
+        None,
+    )
+
+
+def _undominated(formulas: set[Size]) -> list[Size]:
+    """Without those that another one exceeds term by term; sizes are not negative."""
+    terms = {formula: sympy.expand(formula).as_coefficients_dict() for formula in formulas}
+
+    def exceeds(more: Size, less: Size) -> bool:
+        return all(
+            coefficient <= 0 or terms[more].get(term, 0) >= coefficient
+            for term, coefficient in terms[less].items()
+        )
+
+    kept: list[Size] = []
+    for formula in sorted(formulas, key=lambda f: (-len(terms[f]), str(f))):
+        if not any(exceeds(other, formula) for other in kept):
+            kept = [other for other in kept if not exceeds(formula, other)] + [formula]
+    return kept

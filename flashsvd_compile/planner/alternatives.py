@@ -1,0 +1,134 @@
+"""Other ways to run a planned site that hold less: what a memory budget chooses among.
+
+Each takes longer than the plan by an estimate that only has to put them in order: launches for each
+block, and what a lowering loses beyond the ranks that it was measured to be the fastest up to.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import sympy
+
+from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.analysis.outer_factors import attention_entries
+from flashsvd_compile.analysis.site_records import (
+    Arm,
+    AttentionBlocks,
+    AttentionSite,
+    FeedForwardSite,
+)
+from flashsvd_compile.options import Options
+from flashsvd_compile.planner import cost
+from flashsvd_compile.planner.attention import plan_attention
+from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.feed_forward import plan_feed_forward
+from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.reason import Code, reason_at
+
+# Fewer rows leave a GEMM or the multiprocessors idle: measured at 1024, where row blocks of rank
+# 1024 took 1.22 times as long as unfused (kernels/feed_forward_blocks.py).
+LEAST_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A plan, and the seconds that it is estimated to take beyond the first."""
+
+    plan: Plan
+    seconds: float
+
+
+def alternatives(
+    plan: Plan, facts: Facts, device: Device, options: Options, sizes: Mapping[Size, int]
+) -> list[Alternative]:
+    """``plan`` and others for its site, the fastest first; ``sizes``: of the graph's symbols."""
+    found = [Alternative(plan, 0.0)]
+    if isinstance(plan.site, AttentionSite) and options.attention != "unfused":
+        found += _attention(plan, facts, device, options, sizes)
+    elif isinstance(plan.site, FeedForwardSite) and options.feed_forward == "auto":
+        found += _feed_forward(plan, device, options, sizes)
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _attention(
+    plan: Plan, facts: Facts, device: Device, options: Options, sizes: Mapping[Size, int]
+) -> Iterator[Alternative]:
+    found, lost = plan.site, 0.0
+    assert isinstance(found, AttentionSite)
+    if plan.lowering == "unfused":
+        plan = plan_attention(found, device, replace(options, attention="rank_space"), sizes)
+        if plan.lowering == "unfused":
+            return
+        assert isinstance(plan.site, AttentionSite)
+        rank_space = cost.attention_cost(plan.site, device, sizes).seconds
+        lost = max(0.0, rank_space - cost.attention_cost(found, device, sizes).seconds)
+        yield Alternative(_told(plan, "latents take less memory"), lost)
+    site = plan.site
+    assert isinstance(site, AttentionSite)
+    if not (entries := attention_entries(facts, site)):
+        return
+    batch, heads = round(cost.at(volume(site.batch), sizes)), site.num_heads
+    group = math.lcm(*(_group(arm, heads) for arm in site.arms.values()))
+    launches = (1 + len(entries)) * device.launch_s
+    for rows, own in (
+        *((rows, heads) for rows in _halves(batch, 1)),
+        *((1, own) for own in _halves(heads, group) if own % group == 0),
+    ):
+        blocks = AttentionBlocks(rows, own, entries)
+        count = math.ceil(batch / rows) * math.ceil(heads / own)
+        told = f"blocks of {rows} of the batch" + (f" and {own} heads" if own < heads else "")
+        planned = replace(_told(plan, told), blocks=blocks)
+        yield Alternative(planned, lost + count * launches)
+
+
+def _feed_forward(
+    plan: Plan, device: Device, options: Options, sizes: Mapping[Size, int]
+) -> Iterator[Alternative]:
+    site = plan.site
+    assert isinstance(site, FeedForwardSite)
+    tokens, width = volume(site.tokens), int(volume(site.width))
+    arms = [site.up] if site.gate is None else [site.up, site.gate]
+    ranks = [arm.rank_size for arm in arms] + [int(volume(site.out))]
+    macs = cost.at(tokens, sizes) * width * sum(ranks)
+    seconds = macs / device.macs_per_s[2 if site.dtype.itemsize <= 2 else 4]
+    limits = cost.FASTEST_UP_TO_RANK if site.gate is None else cost.FASTEST_UP_TO_RANK_GATED
+    for name in ("streamed", "streamed_whole", "row_blocks"):
+        forced = replace(options, feed_forward=name)
+        other = plan_feed_forward(site, device, forced, sizes)
+        if other.lowering != name:
+            continue
+        lost = seconds * max(0.0, max(ranks) / limits[name] - 1) if device.type == "cuda" else 0.0
+        if name != "row_blocks":
+            if plan.lowering != name:
+                yield Alternative(_told(other, f"{name} holds less"), lost + device.launch_s)
+            continue
+        held = other.transient_bytes / sympy.Min(other.block_rows, tokens)
+        for rows in (other.block_rows, *_halves(other.block_rows, LEAST_BLOCK_ROWS)):
+            blocks = math.ceil(cost.at(tokens, sizes) / rows)
+            planned = replace(
+                _told(other, f"blocks of {rows} rows"),
+                block_rows=rows,
+                transient_bytes=held * sympy.Min(rows, tokens),
+            )
+            if (plan.lowering, plan.block_rows) != (name, rows):
+                yield Alternative(planned, lost + blocks * 3 * device.launch_s)
+
+
+def _group(arm: Arm, heads: int) -> int:
+    """Heads that have to stay together, as they read the same head of the arm; one read by all
+    binds none."""
+    own = int(volume(atom for atom in arm.heads if not atom.broadcast))
+    return heads // own if own > 1 else 1
+
+
+def _halves(extent: int, least: int) -> Iterator[int]:
+    """Half of ``extent``, a quarter, …, rounded up, down to ``least``."""
+    while extent > least:
+        extent = max(least, -(-extent // 2))
+        yield extent
+
+
+def _told(plan: Plan, why: str) -> Plan:
+    return replace(plan, reason=reason_at(plan.site.node, Code.MEMORY_BUDGET, why))

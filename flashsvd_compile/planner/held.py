@@ -1,0 +1,89 @@
+"""What a planned site reads and holds, for the walk that predicts memory."""
+
+from collections.abc import Iterable
+
+import sympy
+from torch import fx
+
+from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.site_records import (
+    Arm,
+    AttentionSite,
+    ChainEnds,
+    ChainSite,
+    FeedForwardSite,
+    Outer,
+)
+from flashsvd_compile.memory.view import Lowered
+from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.plan import Plan
+
+
+def lowered_by(plan: Plan, device: Device, reads: Iterable[fx.Node] | None = None) -> Lowered:
+    """The plan as one operator; ``reads`` in place of what it would read of the graph it is for.
+
+    Kernels that the compiler launches itself write into an allocation that it may put before what
+    they read; operators that it calls allocate as they run.
+    """
+    on_gpu = device.type == "cuda"
+    found = tuple(_reads(plan) if reads is None else reads)
+    return Lowered(found, _scratch(plan, on_gpu), is_early=on_gpu and _is_one_launch(plan))
+
+
+def _is_one_launch(plan: Plan) -> bool:
+    return plan.lowering != "row_blocks" and plan.blocks is None
+
+
+def _reads(plan: Plan) -> list[fx.Node]:
+    site = plan.site
+    if isinstance(site, AttentionSite):
+        entries = {} if plan.blocks is None else plan.blocks.entries
+        nodes = [mask.node for mask in site.masks]
+        for name, arm in site.arms.items():
+            nodes += [entries[name].x.node] if name in entries else arm.latent.nodes
+        return nodes
+    if isinstance(site, FeedForwardSite):
+        if plan.lowering == "streamed_whole" and isinstance(site.outer, Outer):
+            ends = [site.outer.up, site.outer.gate]
+            return [entry.x.node for entry in ends if entry is not None]
+        return [node for arm in (site.up, site.gate) if arm for node in arm.latent.nodes]
+    assert isinstance(site, ChainSite)
+    assert isinstance(site.ends, ChainEnds)
+    return [site.ends.entry.x.node]
+
+
+def _scratch(plan: Plan, on_gpu: bool) -> Size:
+    site = plan.site
+    if plan.lowering == "row_blocks":
+        return plan.transient_bytes
+    if not isinstance(site, AttentionSite):
+        return sympy.S.Zero
+    batch, heads = volume(site.batch), sympy.Integer(site.num_heads)
+    scratch: Size = sympy.S.Zero
+    if plan.blocks is not None:
+        batch = sympy.Min(batch, plan.blocks.batch)
+        share = sympy.Rational(min(plan.blocks.heads, site.num_heads), site.num_heads)
+        for name in plan.blocks.entries:
+            arm = site.arms[name]
+            scratch += batch * _own_heads(arm) * share * volume(arm.rows) * arm.rank_size
+        heads *= share
+    if not on_gpu:
+        scratch += batch * heads * _library_scratch(site, in_blocks=plan.blocks is not None)
+    return scratch * site.dtype.itemsize
+
+
+def _own_heads(arm: Arm) -> int:
+    return int(volume(atom for atom in arm.heads if not atom.broadcast))
+
+
+def _library_scratch(site: AttentionSite, in_blocks: bool) -> Size:
+    """Elements for each batch and head that attention on library operators holds at most.
+
+    The queries in rank space, latents padded to the wider of two ranks, the latent output, and the
+    output as the lift lays it out; in blocks that, too, before it is put in its place.
+    """
+    rows, keys = volume(site.rows), volume(site.keys)
+    width = max(site.key.rank_size, site.value.rank_size)
+    padded = sum(arm.rank_size < width for arm in (site.key, site.value))
+    lifted = site.value.width_size * (2 if in_blocks else 1)
+    return rows * (2 * width + lifted) + keys * width * padded
