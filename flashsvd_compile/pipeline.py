@@ -2,8 +2,9 @@
 
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,11 +36,14 @@ from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.residual_sums import write_residual_sums
 from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
+from flashsvd_compile.memory.liveness import MemoryProfile, walk
+from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.budget import plan_within_budget
 from flashsvd_compile.planner.cost import size_hints
 from flashsvd_compile.planner.device import Device, device_for
+from flashsvd_compile.planner.held import lowered_by
 from flashsvd_compile.planner.largest_sizes import hold_at_most, largest_sizes
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.siblings import plan_siblings
@@ -58,6 +62,12 @@ class Rewritten:
     plans: tuple[Plan, ...]
     skips: tuple[Skip, ...]
     seconds: dict[str, float]
+    lowered: Mapping[fx.Node, Lowered]
+
+    @cached_property
+    def memory(self) -> MemoryProfile:
+        """What the rewritten graph will hold while it runs, as predicted."""
+        return walk(GraphView(self.module.graph, self.lowered))
 
 
 def rewrite(
@@ -126,7 +136,21 @@ def rewrite(
     module.recompile()
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
-    return Rewritten(module, before, _code(module), *told, clock.laps)
+    lowered = _lowered(plans, results, device_of)
+    return Rewritten(module, before, _code(module), *told, clock.laps, lowered)
+
+
+def _lowered(
+    plans: Sequence[Plan], results: Sequence[fx.Node | None], device_of: Callable[..., Device]
+) -> dict[fx.Node, Lowered]:
+    """Our operators in the rewritten graph, and what each holds."""
+    found = {}
+    for plan, result in zip(plans, results, strict=True):
+        if result is not None:
+            node = launch_behind(result)
+            reads = node.all_input_nodes
+            found[node] = lowered_by(plan, device_of(plan.site.device), reads)
+    return found
 
 
 def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Any]:
