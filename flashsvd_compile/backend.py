@@ -69,6 +69,10 @@ def _compile(
 
         return aot_eager(gm, list(example_inputs))
     patches = dict(options.inductor)
+    if options.memory_budget is not None:
+        # Else a buffer that is read for the last time may be kept until another of its size is
+        # written, layers later: BERT's intermediate then lies in memory beside the next one's.
+        patches.setdefault("allow_buffer_reuse", False)
     # The one entry of Inductor's cache key that takes free text.
     marked = dict(patches.get("unsafe_marked_cacheable_functions", {}))
     marked["flashsvd_compile"] = fingerprint(options)
