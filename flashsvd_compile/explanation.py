@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 
+from flashsvd_compile.memory.peak import Peak
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
 from flashsvd_compile.planner.named_devices import device_named
@@ -30,13 +31,15 @@ class Explanation:
     """Every site of every graph that the model was traced into.
 
     ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
-    before and after, one pair for each graph. ``device``: the one that was asked for, None where
+    before and after, one pair for each graph. ``peaks``: what each graph will hold at most, as
+    predicted for inference under Inductor. ``device``: the one that was asked for, None where
     the tensors' own counted. ``str()`` is the table.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphPair, ...]
     seconds: tuple[Mapping[str, float], ...]
+    peaks: tuple[Peak, ...]
     device: str | None = None
 
     def __str__(self) -> str:
@@ -46,6 +49,7 @@ class Explanation:
         return (
             f"{planned}{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
             f"{site_table(self.sites)}"
+            + "".join(f"\n\nholds at most {peak}" for peak in self.peaks)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,6 +58,7 @@ class Explanation:
             "sites": [site.to_dict() for site in self.sites],
             "graphs": [{"before": g.before, "after": g.after} for g in self.graphs],
             "seconds": [dict(laps) for laps in self.seconds],
+            "peaks": [peak.to_dict() for peak in self.peaks],
             "device": self.device,
         }
 
@@ -99,6 +104,7 @@ def explain(
         tuple(site for r in found for site in site_reports(r)),
         tuple(GraphPair(r.before, r.after) for r in found),
         tuple(r.seconds for r in found),
+        tuple(r.peak for r in found),
         None if planned_for is None else planned_for.name,
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
+from flashsvd_compile.analysis.axes import Size
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.siblings import find_siblings
@@ -37,11 +38,12 @@ from flashsvd_compile.lowering.residual_sums import write_residual_sums
 from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.memory.liveness import MemoryProfile, walk
+from flashsvd_compile.memory.peak import Peak, peak_of
 from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.planner.budget import plan_within_budget
-from flashsvd_compile.planner.cost import size_hints
+from flashsvd_compile.planner.cost import at, size_hints
 from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.held import lowered_by
 from flashsvd_compile.planner.largest_sizes import hold_at_most, largest_sizes
@@ -63,6 +65,12 @@ class Rewritten:
     skips: tuple[Skip, ...]
     seconds: dict[str, float]
     lowered: Mapping[fx.Node, Lowered]
+    sizes: Mapping[Size, int]
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The most that the rewritten graph will hold, at the sizes that were planned for."""
+        return peak_of(self.memory, lambda size: at(size, self.sizes))
 
     @cached_property
     def memory(self) -> MemoryProfile:
@@ -98,8 +106,8 @@ def rewrite(
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
     plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
+    sizes = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
-        sizes = largest_sizes(module.graph, options, hints)
         plans = plan_within_budget(plans, module.graph, facts, device_of, options, sizes)
         hold_at_most(module.graph, sizes)
     clock.lap("plan")
@@ -137,7 +145,7 @@ def rewrite(
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
-    return Rewritten(module, before, _code(module), *told, clock.laps, lowered)
+    return Rewritten(module, before, _code(module), *told, clock.laps, lowered, sizes)
 
 
 def _lowered(

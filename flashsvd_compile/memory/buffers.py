@@ -8,7 +8,8 @@ they are read, by the kernel that writes z.
 
 The rules are Inductor's (torch 2.11 to 2.13, ``ir.StorageBox.should_realize_on_reuse`` and
 ``ir.ExternKernel``): what a library call reads or the graph returns is written; so is what several
-read, if computing it loads more than four tensors, and anything that loads more than eight.
+read, if computing it loads more than four tensors, anything that loads more than eight, and the
+result of a reduction.
 """
 
 import operator
@@ -21,7 +22,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from flashsvd_compile.analysis.axes import Size, size_of
-from flashsvd_compile.analysis.calls import aten, is_aten, overload, packet, value
+from flashsvd_compile.analysis.calls import arguments, aten, is_aten, overload, packet, value
 from flashsvd_compile.memory.view import GraphView
 
 # ``torch._inductor.config.realize_reads_threshold`` and ``realize_acc_reads_threshold``.
@@ -43,6 +44,9 @@ _FUSED = {
     aten.one_hot, aten.logical_and, aten.logical_or, aten.logical_not, aten.square, aten.rsub,
     aten.glu, aten.addcmul, aten.expand, aten.movedim, aten.take_along_dim, aten.linspace,
 }  # fmt: skip
+_REDUCTIONS = {
+    aten.mean, aten.sum, aten.var, aten.std, aten.amax, aten.amin, aten.any, aten.all,
+}  # fmt: skip
 _FUSED_TAGS = {torch.Tag.pointwise} | {
     tag for name in ("reduction",) if (tag := getattr(torch.Tag, name, None)) is not None
 }
@@ -50,7 +54,8 @@ _FUSED_TAGS = {torch.Tag.pointwise} | {
 
 @dataclass(frozen=True)
 class Buffer:
-    """``size_bytes`` of memory that ``node`` owns; ``reads``: the buffers it is computed from.
+    """``size_bytes`` of memory that ``node`` owns; ``reads``: what it is computed from, buffers and
+    inputs of the graph.
 
     ``is_fused``: written by a kernel of Inductor's, which may put it in the place of one it reads
     for the last time. ``is_output``: what the graph returns, or a part of it.
@@ -68,25 +73,26 @@ def find_buffers(view: GraphView) -> list[Buffer]:
     owners = _owners(view)
     forced, returned = _forced(view, owners)
     readers = view.readers()
+    masks = _masks_of_attention(view, owners)
     loads: dict[fx.Node, frozenset[fx.Node]] = {}
     buffers = []
     for node in view.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            loads[node] = frozenset({node})
         if node.op != "call_function" or not _tensors(node):
             continue
         if (owner := owners.get(node, node)) is not node:
             loads[node] = loads.get(owner, frozenset())
             continue
-        inputs = view.inputs(node)
-        reads = frozenset().union(*(loads.get(x, frozenset()) for x in inputs))
+        reads = frozenset().union(*(loads.get(x, frozenset()) for x in view.inputs(node)))
         fused = node not in view.lowered and _is_fused(node)
-        weights = sum(x.op in ("placeholder", "get_attr") for x in inputs)
-        is_shared = readers[node] > 1
-        is_formula = not _is_written_all_the_same(is_shared, len(reads) + weights)
-        if fused and node not in forced and is_formula:
+        is_formula = fused and not _is_written_all_the_same(node, readers[node] > 1, len(reads))
+        if is_formula and node not in forced:
             loads[node] = reads
             continue
         loads[node] = frozenset({node})
-        buffers.append(Buffer(node, tensor_bytes(_tensors(node)), reads, fused, node in returned))
+        size = tensor_bytes(_tensors(node)) * masks.get(node, 1)
+        buffers.append(Buffer(node, size, reads, fused, node in returned))
     return buffers
 
 
@@ -139,5 +145,19 @@ def _is_fused(node: fx.Node) -> bool:
     return packet(node) in _FUSED or bool(_FUSED_TAGS & set(overload(node).tags))
 
 
-def _is_written_all_the_same(is_shared: bool, loads: int) -> bool:
+def _is_written_all_the_same(node: fx.Node, is_shared: bool, loads: int) -> bool:
+    if is_aten(node) and packet(node) in _REDUCTIONS:
+        return True
     return loads > MOST_LOADS or (is_shared and loads > MOST_LOADS_OF_SHARED)
+
+
+def _masks_of_attention(view: GraphView, owners: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:
+    """Boolean masks that library attention reads: written as numbers of so many bytes."""
+    found = {}
+    for node in view.nodes:
+        if packet(node) is aten.scaled_dot_product_attention and node not in view.lowered:
+            named = arguments(node)
+            mask = named["attn_mask"]
+            if isinstance(mask, fx.Node) and value(mask).dtype == torch.bool:
+                found[owners.get(mask, mask)] = value(named["query"]).dtype.itemsize
+    return found

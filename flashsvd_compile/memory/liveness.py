@@ -12,7 +12,7 @@ import sympy
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Size
-from flashsvd_compile.analysis.calls import value
+from flashsvd_compile.analysis.calls import aten, packet, value
 from flashsvd_compile.memory.buffers import Buffer, find_buffers
 from flashsvd_compile.memory.view import GraphView
 
@@ -78,19 +78,30 @@ class MemoryProfile:
 
 def walk(view: GraphView) -> MemoryProfile:
     """The profile of one run."""
-    buffers = find_buffers(view)
+    buffers = _operands_of_attention_last(view, find_buffers(view))
     index_of = {buffer.node: index for index, buffer in enumerate(buffers)}
     last_read = {read: index for index, b in enumerate(buffers) for read in b.reads}
+    for index, buffer in enumerate(buffers):
+        if _is_library_attention(view, buffer.node) and value(buffer.node).device.type == "cpu":
+            # There one kernel writes q, k, v and the mask.
+            for operand in buffer.reads & index_of.keys():
+                source = buffers[index_of[operand]]
+                if source.is_fused and last_read[operand] == index:
+                    last_read |= dict.fromkeys(
+                        (read for read in source.reads if last_read[read] <= index), index
+                    )
     returned = frozenset(b.node for b in buffers if b.is_output)
     ahead: dict[int, list[Buffer]] = {}
     for buffer in buffers:
         found = view.lowered.get(buffer.node)
         if found is not None and found.is_early and buffer.reads:
-            ahead.setdefault(min(index_of[read] for read in buffer.reads), []).append(buffer)
+            first = min((index_of[n] for n in buffer.reads if n in index_of), default=0)
+            ahead.setdefault(first, []).append(buffer)
     held: dict[fx.Node, Size] = {}
     moments = []
     for index, buffer in enumerate(buffers):
-        dying = [n for n in buffer.reads if last_read[n] == index and n not in returned]
+        dying = [n for n in held if last_read.get(n) == index]
+        dying = [n for n in dying if n not in returned]
         replaced = _replaced(buffer, dying, held)
         if replaced is not None:
             del held[replaced]
@@ -104,6 +115,28 @@ def walk(view: GraphView) -> MemoryProfile:
         if buffer.node not in last_read and buffer.node not in returned:
             held.pop(buffer.node)
     return MemoryProfile(moments)
+
+
+def _operands_of_attention_last(view: GraphView, buffers: Sequence[Buffer]) -> list[Buffer]:
+    """``buffers`` as Inductor orders them: what library attention alone reads is written right
+    before it, q, k and v after all that they are computed from."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for buffer in buffers:
+        for read in buffer.reads:
+            readers.setdefault(read, []).append(buffer.node)
+    late: dict[fx.Node, list[Buffer]] = {}
+    kept = []
+    for buffer in buffers:
+        of = readers.get(buffer.node, [])
+        if len(of) == 1 and buffer.is_fused and _is_library_attention(view, of[0]):
+            late.setdefault(of[0], []).append(buffer)
+        else:
+            kept.append(buffer)
+    return [b for buffer in kept for b in (*late.get(buffer.node, ()), buffer)]
+
+
+def _is_library_attention(view: GraphView, node: fx.Node) -> bool:
+    return node not in view.lowered and packet(node) is aten.scaled_dot_product_attention
 
 
 def _replaced(buffer: Buffer, dying: list[fx.Node], held: Mapping[fx.Node, Size]) -> fx.Node | None:

@@ -16,6 +16,7 @@ from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.memory.liveness import MemoryProfile, Moment, walk
+from flashsvd_compile.memory.peak import Peak, mib, peak_of
 from flashsvd_compile.memory.view import GraphView
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
@@ -24,7 +25,6 @@ from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.held import lowered_by
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.sites import drop_taken
-from flashsvd_compile.reason import module_path
 
 
 class BudgetError(RuntimeError):
@@ -59,7 +59,9 @@ def plan_within_budget(
     while peak > options.memory_budget:
         better = search.best_change(choice, moment, peak, options.memory_budget)
         if better is None:
-            raise BudgetError(_least(options.memory_budget, peak, moment, sizes))
+            profile = profile_of(graph, search.plans(choice), device_of)
+            least = peak_of(profile, lambda size: cost.at(size, sizes))
+            raise BudgetError(_least(options.memory_budget, least))
         choice = better
         moment, peak = search.peak(choice)
     return search.plans(choice)
@@ -138,24 +140,9 @@ def _kind(plan: Plan) -> object:
     return site.kind, plan.lowering, site.dtype, shape_of(value(site.node)), shapes, plan.tile
 
 
-def _least(budget: int, peak: int, moment: Moment | None, sizes: Mapping[Size, int]) -> str:
-    assert moment is not None
-    at = {
-        node: cost.at(size, sizes)
-        for node, size in moment.held.items()
-        if node not in moment.returned
-    }
-    largest = sorted(at, key=lambda node: -at[node])[:5]
-    where = module_path(moment.node)
-    held = ", ".join(f"{node.name} {_mib(at[node])}" for node in largest)
-    if scratch := cost.at(moment.scratch_bytes, sizes):
-        held += f", scratch {_mib(scratch)}"
+def _least(budget: int, peak: Peak) -> str:
     return (
-        f"memory_budget is {_mib(budget)}, and the least that any choice of lowerings holds is "
-        f"{_mib(peak)}, at {moment.node.name}{f' in {where}' if where else ''}: {held}. It would "
-        f'run within memory_budget="{-(-peak // 2**20)}MiB"'
+        f"memory_budget is {mib(budget)}, and the least that any choice of lowerings holds is "
+        f"{peak}. It would run within "
+        f'memory_budget="{-(-peak.transient_bytes // 2**20)}MiB"'
     )
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.2f} MiB"
