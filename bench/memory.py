@@ -33,7 +33,7 @@ def bert(layers: int, length: int) -> nn.Module:
     return factored(BertModel(config, add_pooling_layer=False))
 
 
-def decoder(kind: str, length: int) -> nn.Module:
+def decoder(kind: str, length: int, device: str) -> nn.Module:
     """Two layers of random factors; what they hold does not depend on the numbers."""
     if kind == "gpt2":
         config: Any = GPT2Config(n_layer=2, vocab_size=1000, n_positions=length, use_cache=False,
@@ -45,7 +45,7 @@ def decoder(kind: str, length: int) -> nn.Module:
             num_key_value_heads=4, vocab_size=1000, use_cache=False,
         )  # fmt: skip
         model = LlamaModel(config)
-    fsc.compress_(model, keep=0.4)
+    fsc.compress_(model.to(device), keep=0.4)
     return model.eval()
 
 
@@ -62,20 +62,21 @@ def case_of(kind: str, batch: int, length: int, device: str, dtype: torch.dtype)
         model = bert(2, length) if kind == "bert" else factored(vit(length))
         if kind == "vit":
             assert image_size(length)
-            model.layers = model.layers[:2]  # type: ignore[index, assignment]
+            model.layers = model.layers[:2]  # type: ignore[index]
         inputs = inputs_of(Case(kind, batch, length, "bfloat16"), device, dtype)
     else:
-        model = decoder(kind, length)
+        model = decoder(kind, length, device)
         inputs = {"input_ids": torch.randint(0, 1000, (batch, length), device=device)}
     return model.to(device=device, dtype=dtype), inputs
 
 
-def compiled(model: nn.Module, budget: str | int) -> Callable[..., Any]:
+def compiled(model: nn.Module, inputs: Any, budget: str | int) -> Callable[[], Tensor]:
     torch._dynamo.reset()
-    return torch.compile(model, backend="flashsvd", options={"memory_budget": budget})
+    run = torch.compile(model, backend="flashsvd", options={"memory_budget": budget})
+    return lambda: run(**inputs)[0]
 
 
-def predicted_bytes(model: nn.Module, inputs: dict[str, Tensor], budget: str | int) -> int:
+def predicted_bytes(model: nn.Module, inputs: Any, budget: str | int) -> int:
     found = fsc.explain(model, **inputs, options={"memory_budget": budget})
     return max(peak.total_bytes for peak in found.peaks)
 
@@ -116,9 +117,9 @@ def grid(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         for _ in range(2):
             row = {"model": kind, "batch": batch, "length": length, "budget": budget}
             try:
-                run = compiled(model, budget)
-                out_bytes = run(**inputs)[0].nbytes
-                peak = peak_transient_bytes(lambda run=run: run(**inputs)[0], device)  # type: ignore[misc]
+                call = compiled(model, inputs, budget)
+                out_bytes = call().nbytes
+                peak = peak_transient_bytes(call, device)
             except Exception as error:  # Dynamo wraps what a backend raises
                 if BudgetError.__name__ not in str(error):
                     raise

@@ -85,11 +85,14 @@ def rewrite(
     *,
     may_measure: bool = True,
     device: Device | None = None,
+    unseen_bytes: int = 0,
 ) -> Rewritten:
     """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
 
     ``may_measure``: whether tiles may be timed on the device, where options ask for it.
     ``device``: what to plan for in place of the tensors' own devices; no tile is timed then.
+    ``unseen_bytes``: what a memory budget has to leave for what plans do not tell, such as masks.
+    Raises BudgetError where no choice of lowerings keeps the budget.
     """
     device_of = device_for if device is None else lambda _: device
     clock = _Clock()
@@ -108,7 +111,9 @@ def rewrite(
     plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
     sizes = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
-        plans = plan_within_budget(plans, module.graph, facts, device_of, options, sizes)
+        plans = plan_within_budget(
+            plans, module.graph, facts, device_of, options, sizes, unseen_bytes
+        )
         hold_at_most(module.graph, sizes)
     clock.lap("plan")
 
@@ -145,7 +150,16 @@ def rewrite(
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
-    return Rewritten(module, before, _code(module), *told, clock.laps, lowered, sizes)
+    found = Rewritten(module, before, _code(module), *told, clock.laps, lowered, sizes)
+    if options.memory_budget is None:
+        return found
+    over = found.peak.transient_bytes - options.memory_budget
+    if over <= 0:
+        return found
+    return rewrite(
+        gm, example_inputs, options, may_measure=may_measure, device=device,
+        unseen_bytes=unseen_bytes + over,
+    )  # fmt: skip
 
 
 def _lowered(

@@ -42,9 +42,12 @@ def rank_space_attention(
     *,
     tile: TileConfig | None = None,
     out: Tensor | None = None,
+    place: tuple[int, int] | None = None,
     sram_budget: int = 0,
 ) -> Tensor:
     """[B, H, M, D_v], a view of memory laid out [B, M, H, D_v] unless ``out`` gives the buffer.
+
+    ``place``: the batch and head at which the result begins in an ``out`` that is larger.
 
     Where operands lie in memory otherwise than ``tile`` was chosen for, another may be taken, of at
     most ``sram_budget`` bytes of shared memory if that is given.
@@ -59,11 +62,12 @@ def rank_space_attention(
         rows = (shape.batch, shape.queries, num_heads, shape.head_dim_v)
         out = torch.empty(rows, dtype=q.dtype, device=q.device).transpose(1, 2)
     else:
-        validate_output(out, out_shape, q)
+        validate_output(out if place is None else _part(out, place, out_shape), out_shape, q)
     if is_empty(out):
         return out
     if is_empty(k):  # no query sees a key
-        return out.zero_()
+        (out if place is None else _part(out, place, out_shape)).zero_()
+        return out
     k, v = _rank_innermost(k), _rank_innermost(v)
     width = common_width(shape.rank_q, shape.rank_k, shape.rank_v, q.element_size())
     is_widened = not all(map(_is_rank_contiguous, (q, k, v, of.q_factor, of.k_factor, of.v_factor)))
@@ -109,7 +113,7 @@ def rank_space_attention(
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_mask_strides(mask),
         *out.stride(),
-        of.scale, shape.batch, shape.queries, shape.keys,
+        of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
     )  # fmt: skip
     launch(
         rank_space_attention_kernel, grid, tile, operands,
@@ -135,6 +139,11 @@ def rank_space_attention(
         PRECISION="tf32" if tf32 else "ieee",
     )  # fmt: skip
     return out
+
+
+def _part(out: Tensor, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    batch, head = place
+    return out[batch : batch + shape[0], head : head + shape[1]]
 
 
 def _described(latent: Tensor, tile: TileConfig) -> Described:

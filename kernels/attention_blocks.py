@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from torch import Tensor
 
-Attend = Callable[[AttentionOperands, Tensor], object]
+# Writes the attention of a block into the whole output, from that batch and head on.
+Attend = Callable[[AttentionOperands, Tensor, tuple[int, int]], object]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class BlockedAttention:
     sources: dict[str, LatentSource]
 
     def run(self, out: Tensor, attend: Attend, block_batch: int, block_heads: int) -> Tensor:
-        """``out`` [B, H, M, D_v]; ``attend`` writes a block's attention into the part it is given.
+        """``out`` [B, H, M, D_v]; ``attend`` writes a block's attention where it belongs.
 
         Raises ValueError where ``block_heads`` cuts a group of heads that share an operand's head.
         """
@@ -57,7 +58,7 @@ class BlockedAttention:
         for heads in _steps(num_heads, block_heads):
             parts = self._of_heads(heads)
             for rows in _steps(batch, block_batch):
-                attend(self._block(parts, rows, heads), out[rows, heads])
+                attend(self._block(parts, rows, heads), out, (rows.start, heads.start))
         return out
 
     def _of_heads(self, heads: slice) -> AttentionOperands:

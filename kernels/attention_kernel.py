@@ -190,7 +190,7 @@ def rank_space_attention_kernel(
     stride_vbh, stride_vbd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
-    scale, B, M, N,
+    scale, B, M, N, first_batch, first_head,
     BATCHES: tl.constexpr, H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
     H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
     H_FV: tl.constexpr, H_BV: tl.constexpr,
@@ -206,7 +206,10 @@ def rank_space_attention_kernel(
     ALIGNED_FQ: tl.constexpr, ALIGNED_FK: tl.constexpr, ALIGNED_FV: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head, over all their keys."""
+    """One program: BLOCK_M queries of one head, over all their keys.
+
+    ``first_batch``, ``first_head``: where in ``out`` this call's batch and heads begin.
+    """
     tile = tl.program_id(0)
     head = (tl.program_id(1) % H).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -230,7 +233,7 @@ def rank_space_attention_kernel(
     v_factor += head // (H // H_FV) * stride_vfh
     v_bias += head // (H // H_BV) * stride_vbh
     mask += batch * stride_mb + head * stride_mh
-    out += batch * stride_ob + head * stride_oh
+    out += (batch + first_batch) * stride_ob + (head + first_head) * stride_oh
 
     DTYPE: tl.constexpr = q.dtype.element_ty
     IS_SCALED: tl.constexpr = HAS_Q_FACTOR or HAS_K_FACTOR

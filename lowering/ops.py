@@ -136,9 +136,13 @@ def _attention_blocks_on_library(
     *tensors: Tensor | None, tile: Sequence[int], sram_budget: int = 0, **numbers: Any
 ) -> Tensor:
     del tile, sram_budget
-    return _attention_blocks(
-        tensors, numbers, lambda of, out: out.copy_(rank_space_attention_library(of))
-    )
+
+    def attend(of: AttentionOperands, out: Tensor, place: tuple[int, int]) -> None:
+        found = rank_space_attention_library(of)
+        batch, head = place
+        out[batch : batch + found.shape[0], head : head + found.shape[1]].copy_(found)
+
+    return _attention_blocks(tensors, numbers, attend)
 
 
 def _attention_blocks_on_triton(
@@ -146,8 +150,8 @@ def _attention_blocks_on_triton(
 ) -> Tensor:
     from flashsvd_compile.kernels.attention import rank_space_attention as launch
 
-    def attend(of: AttentionOperands, out: Tensor) -> None:
-        launch(of, tile=_tile(tile), out=out, sram_budget=sram_budget)
+    def attend(of: AttentionOperands, out: Tensor, place: tuple[int, int]) -> None:
+        launch(of, tile=_tile(tile), out=out, place=place, sram_budget=sram_budget)
 
     return _attention_blocks(tensors, numbers, attend)
 
@@ -249,7 +253,6 @@ _LIBRARY.impl("rank_space_attention", _attention_on_library, "CompositeExplicitA
 _LIBRARY.impl(
     "rank_space_attention_blocks", _attention_blocks_on_library, "CompositeExplicitAutograd"
 )
-_LIBRARY.impl("rank_space_attention_blocks", _attention_blocks_on_triton, "CUDA")
 _LIBRARY.impl("row_blocks_feed_forward", _row_blocks, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_whole_feed_forward", _whole_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("streamed_chain", _chain_on_library, "CompositeExplicitAutograd")
@@ -265,7 +268,9 @@ def _on_triton(name: str, launch: Callable[..., Any]) -> None:
     """
 
     def show(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args[0].device.type != "cuda":
+        # As many blocks as a symbolic batch has can only be launched when it is known.
+        is_loop = "block_batch" in kwargs and not isinstance(args[0].shape[0], int)
+        if args[0].device.type != "cuda" or is_loop:
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return launch(*args, **kwargs)
@@ -277,6 +282,7 @@ def _on_triton(name: str, launch: Callable[..., Any]) -> None:
 
 
 _on_triton("rank_space_attention", _attention_on_triton)
+_on_triton("rank_space_attention_blocks", _attention_blocks_on_triton)
 _on_triton("streamed_feed_forward", _streamed_on_triton)
 _on_triton("streamed_whole_feed_forward", _whole_on_triton)
 _on_triton("streamed_chain", _chain_on_triton)

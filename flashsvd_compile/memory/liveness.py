@@ -5,7 +5,7 @@ in the place of something of the same size that it reads for the last time. What
 stays to the end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -43,8 +43,14 @@ class MemoryProfile:
 
     moments: Sequence[Moment]
 
-    def peak(self, at: Callable[[Size], float]) -> tuple[Moment | None, int]:
-        """The moment of most transient bytes at the sizes that ``at`` puts in, and those bytes."""
+    def peak(
+        self, at: Callable[[Size], float], among: Container[fx.Node] | None = None
+    ) -> tuple[Moment | None, int]:
+        """The moment of most transient bytes at the sizes that ``at`` puts in, and those bytes;
+        ``among``: only of moments at which those nodes are at work."""
+        if among is not None:
+            kept = [moment for moment in self.moments if moment.node in among]
+            return MemoryProfile(kept).peak(at)
         counted = self._counted(at, lambda moment, node: node not in moment.returned)
         best = max(range(len(counted)), key=counted.__getitem__, default=None)
         return (None, 0) if best is None else (self.moments[best], round(counted[best]))
@@ -94,9 +100,8 @@ def walk(view: GraphView) -> MemoryProfile:
     ahead: dict[int, list[Buffer]] = {}
     for buffer in buffers:
         found = view.lowered.get(buffer.node)
-        if found is not None and found.is_early and buffer.reads:
-            first = min((index_of[n] for n in buffer.reads if n in index_of), default=0)
-            ahead.setdefault(first, []).append(buffer)
+        if found is not None and found.is_early:
+            ahead.setdefault(_first_product(buffer, buffers, index_of), []).append(buffer)
     held: dict[fx.Node, Size] = {}
     moments = []
     for index, buffer in enumerate(buffers):
@@ -115,6 +120,15 @@ def walk(view: GraphView) -> MemoryProfile:
         if buffer.node not in last_read and buffer.node not in returned:
             held.pop(buffer.node)
     return MemoryProfile(moments)
+
+
+def _first_product(
+    buffer: Buffer, buffers: Sequence[Buffer], index_of: Mapping[fx.Node, int]
+) -> int:
+    """Where the first latent that ``buffer`` reads is written; masks may be as old as the graph."""
+    read = [index_of[node] for node in buffer.reads if node in index_of]
+    products = [index for index in read if not buffers[index].is_fused]
+    return min(products or read, default=index_of[buffer.node])
 
 
 def _operands_of_attention_last(view: GraphView, buffers: Sequence[Buffer]) -> list[Buffer]:

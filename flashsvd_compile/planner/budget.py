@@ -2,11 +2,11 @@
 
 A walk over the graph with the plans in place finds the moment that holds most. While that is
 beyond the budget, the sites at work then are given another way to run: the one that takes the least
-longer among those that bring the peak within the budget, or, where none does, the one that brings
-it down the furthest. Sites alike are changed together.
+longer among those that keep the budget while they are at work, or, where none does, the one that
+holds the least then. Sites alike are changed together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,16 @@ def plan_within_budget(
     device_of: Callable[..., Device],
     options: Options,
     sizes: Mapping[Size, int],
+    unseen_bytes: int = 0,
 ) -> tuple[Plan, ...]:
     """Plans whose predicted peak of transient bytes is at most ``options.memory_budget``.
 
-    ``sizes``: of the graph's symbols, the largest that the plans have to hold for. Raises
-    BudgetError, with the least possible bytes and what holds them, where there are none.
+    ``sizes``: of the graph's symbols, the largest that the plans have to hold for.
+    ``unseen_bytes``: what the rewritten graph was seen to hold beyond a prediction from plans.
+    Raises BudgetError, with the least possible bytes and what holds them, where there are none.
     """
     assert options.memory_budget is not None
+    budget = options.memory_budget - unseen_bytes
     if torch.is_grad_enabled():
         raise BudgetError(
             "memory_budget plans inference, and this graph is traced for gradients, which keep "
@@ -56,12 +59,12 @@ def plan_within_budget(
     search = _Search(graph, ways, [_kind(plan) for plan in plans], device_of, sizes)
     choice = [0] * len(plans)
     moment, peak = search.peak(choice)
-    while peak > options.memory_budget:
-        better = search.best_change(choice, moment, peak, options.memory_budget)
+    while peak > budget:
+        better = search.best_change(choice, moment, budget)
         if better is None:
             profile = profile_of(graph, search.plans(choice), device_of)
             least = peak_of(profile, lambda size: cost.at(size, sizes))
-            raise BudgetError(_least(options.memory_budget, least))
+            raise BudgetError(_least(options.memory_budget, least, unseen_bytes))
         choice = better
         moment, peak = search.peak(choice)
     return search.plans(choice)
@@ -91,42 +94,44 @@ class _Search:
         chosen = (ways[index].plan for ways, index in zip(self.ways, choice, strict=True))
         return drop_taken(tuple(chosen))
 
-    def peak(self, choice: Sequence[int]) -> tuple[Moment | None, int]:
+    def peak(
+        self, choice: Sequence[int], among: Container[fx.Node] | None = None
+    ) -> tuple[Moment | None, int]:
         profile = profile_of(self.graph, self.plans(choice), self.device_of)
-        return profile.peak(lambda size: cost.at(size, self.sizes))
+        return profile.peak(lambda size: cost.at(size, self.sizes), among)
 
     def best_change(
-        self, choice: Sequence[int], moment: Moment | None, peak: int, budget: int
+        self, choice: Sequence[int], moment: Moment | None, budget: int
     ) -> list[int] | None:
-        """The choice with one kind of site changed that serves best; None where none helps."""
-        tried = []
-        for kind in {self.kinds[i] for i in range(len(choice)) if self._works(choice, i, moment)}:
-            alike = [i for i, own in enumerate(self.kinds) if own == kind]
-            for position in range(len(self.ways[alike[0]])):
-                if position == choice[alike[0]]:
-                    continue
-                changed = list(choice)
-                for i in alike:
-                    changed[i] = position
-                reached = self.peak(changed)[1]
-                seconds = sum(
-                    self.ways[i][position].seconds - self.ways[i][choice[i]].seconds for i in alike
-                )
-                if reached < peak:
-                    tried.append((max(reached, budget), seconds, changed))
-        return min(tried, key=lambda one: one[:2])[2] if tried else None
+        """The choice with the sites of one kind changed that serves best; None where none helps.
 
-    def _works(self, choice: Sequence[int], index: int, moment: Moment | None) -> bool:
-        """Whether another way to run the site could change what is held at ``moment``."""
-        if moment is None:
-            return False
-        of_site = {moment.node, *moment.held}
-        return any(
-            way.plan.node in of_site
-            or of_site & way.plan.region
-            or (way.plan.blocks is not None and of_site & way.plan.blocks.region)
-            for way in self.ways[index]
-        )
+        Judged by what is held while those sites are at work: another kind may hold more.
+        """
+        tried: list[tuple[tuple[int, float], list[int]]] = []
+        at_work = {kind for i, kind in enumerate(self.kinds) if self._works(i, moment)}
+        for kind in at_work:
+            alike = [i for i, own in enumerate(self.kinds) if own == kind]
+            nodes = frozenset().union(*(self._nodes(i) for i in alike))
+            now = self.peak(choice, nodes)[1]
+            for position in range(len(self.ways[alike[0]])):
+                changed = [position if i in alike else own for i, own in enumerate(choice)]
+                reached = self.peak(changed, nodes)[1]
+                if reached < now:
+                    seconds = sum(self.ways[i][position].seconds for i in alike)
+                    tried.append(((max(reached, budget), seconds), changed))
+        return min(tried, key=lambda one: one[0])[1] if tried else None
+
+    def _works(self, index: int, moment: Moment | None) -> bool:
+        return moment is not None and moment.node in self._nodes(index)
+
+    def _nodes(self, index: int) -> frozenset[fx.Node]:
+        """The nodes at which one way or another to run the site computes something."""
+        found: set[fx.Node] = set()
+        for way in self.ways[index]:
+            found |= {way.plan.node} | way.plan.region
+            if way.plan.blocks is not None:
+                found |= way.plan.blocks.region
+        return frozenset(found)
 
 
 def _kind(plan: Plan) -> object:
@@ -140,9 +145,11 @@ def _kind(plan: Plan) -> object:
     return site.kind, plan.lowering, site.dtype, shape_of(value(site.node)), shapes, plan.tile
 
 
-def _least(budget: int, peak: Peak) -> str:
+def _least(budget: int, peak: Peak, unseen_bytes: int) -> str:
+    least = peak.transient_bytes + unseen_bytes
+    masks = f" and masks of {mib(unseen_bytes)}" if unseen_bytes else ""
     return (
         f"memory_budget is {mib(budget)}, and the least that any choice of lowerings holds is "
-        f"{peak}. It would run within "
-        f'memory_budget="{-(-peak.transient_bytes // 2**20)}MiB"'
+        f"{peak}{masks}. It would run within "
+        f'memory_budget="{-(-least // 2**20)}MiB"'
     )

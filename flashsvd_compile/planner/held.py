@@ -38,7 +38,8 @@ def _reads(plan: Plan) -> list[fx.Node]:
     site = plan.site
     if isinstance(site, AttentionSite):
         entries = {} if plan.blocks is None else plan.blocks.entries
-        nodes = [mask.node for mask in site.masks]
+        # Masks are narrowed to what they depend on, or known whole: mostly nothing is left of them.
+        nodes: list[fx.Node] = []
         for name, arm in site.arms.items():
             nodes += [entries[name].x.node] if name in entries else arm.latent.nodes
         return nodes
