@@ -24,6 +24,7 @@ from flashsvd_compile.kernels.primitives import (
     is_describable,
     is_empty,
     is_multiple,
+    is_traced,
     launch,
     row_alignment,
 )
@@ -102,10 +103,12 @@ def rank_space_attention(
     tiles = triton.cdiv(shape.queries, tile.block_m)
     grid = (tiles, num_heads * batches, triton.cdiv(shape.batch, batches))
     optional = (of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, mask)
+    # An absent operand has strides of 0 and is never read. A compiler would compute q anew for each
+    # that q stood in for, unless q lies in memory anyway.
+    absent = q.new_empty(1) if is_traced(q) else q
     operands = (
-        # An absent operand is passed as q with strides of 0; the kernel never reads it.
         q, k, v,
-        *(q if x is None else x for x in optional),
+        *(absent if x is None else x for x in optional),
         out,
         *((_described(x, tile) for x in (k, v)) if tile.is_described else (k, v)),
         *q.stride(), *k.stride(), *v.stride(),
