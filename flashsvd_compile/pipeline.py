@@ -123,7 +123,7 @@ def rewrite(
     module.recompile()
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
-    return Rewritten(module, before, _code(module), *told, clock.laps)
+    return Rewritten(module, before, module.code, *told, clock.laps)
 
 
 @dataclass(frozen=True)
