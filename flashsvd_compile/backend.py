@@ -12,7 +12,7 @@ from flashsvd_compile.fingerprint import fingerprint
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
 from flashsvd_compile.planner.budget import BudgetError
-from flashsvd_compile.report import dump, site_reports, site_table, summary
+from flashsvd_compile.report import dump, site_reports, site_table, summary, time_of_passes
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def flashsvd(
 
 def _tell(rewritten: Rewritten, options: Options) -> None:
     sites = site_reports(rewritten)
-    passes = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rewritten.seconds.items())
-    log.info("%s (%s)", summary(sites), passes)
+    log.info("%s; %s", summary(sites), time_of_passes(rewritten.seconds))
     log.debug("sites\n%s", site_table(sites))
     log.debug("graph before\n%s", rewritten.before)
     log.debug("graph after\n%s", rewritten.after)

@@ -15,7 +15,13 @@ from flashsvd_compile.memory.peak import Peak
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
 from flashsvd_compile.planner.named_devices import device_named
-from flashsvd_compile.report import SiteReport, site_reports, site_table, summary
+from flashsvd_compile.report import (
+    SiteReport,
+    site_reports,
+    site_table,
+    summary,
+    time_of_passes,
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,13 @@ class Explanation:
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
-        passes = sum(sum(laps.values()) for laps in self.seconds)
+        passes: dict[str, float] = {}
+        for laps in self.seconds:
+            for name, spent in laps.items():
+                passes[name] = passes.get(name, 0.0) + spent
         planned = "" if self.device is None else f"planned for {self.device}: "
         return (
-            f"{planned}{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
+            f"{planned}{summary(self.sites)} in {graphs}; {time_of_passes(passes)}\n\n"
             f"{site_table(self.sites)}"
             + "".join(f"\n\nholds at most {peak}" for peak in self.peaks)
         )

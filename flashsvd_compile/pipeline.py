@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from flashsvd_compile.analysis.axes import Size
 from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.analysis.known_sizes import KnownSizes
 from flashsvd_compile.analysis.siblings import find_siblings
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
@@ -24,6 +25,7 @@ from flashsvd_compile.analysis.site_records import (
 )
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
+from flashsvd_compile.analysis.symbolic_values import SymbolicValues
 from flashsvd_compile.lowering.attention import lower_attention
 from flashsvd_compile.lowering.builder import Builder
 from flashsvd_compile.lowering.chain import lower_chain
@@ -109,21 +111,21 @@ def rewrite(
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
     plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
-    sizes = largest_sizes(module.graph, options, hints)
+    largest = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
         plans = plan_within_budget(
-            plans, module.graph, facts, device_of, options, sizes, unseen_bytes
+            plans, module.graph, facts, device_of, options, largest, unseen_bytes
         )
-        hold_at_most(module.graph, sizes)
+        hold_at_most(module.graph, largest)
     clock.lap("plan")
 
     replaced: dict[fx.Node, Any] = {}
-    instead: dict[fx.Node, fx.Node] = {}
+    scope = _Scope(facts, SymbolicValues(module.graph))
     results: list[fx.Node | None] = []
     for plan in plans:
         results.append(None)
         if plan.lowering != "unfused":
-            result, old = _lower(plan, facts, instead)
+            result, old = _lower(plan, scope)
             replaced[result], results[-1] = old, result
     clock.lap("rewrite")
 
@@ -138,9 +140,10 @@ def rewrite(
     # Latents that no site computes itself stand alone in the graph now.
     siblings, missed = find_siblings(facts, module.graph)
     merges = [plan_siblings(s, device_of(s.device), options, hints) for s in siblings]
+    sizes = KnownSizes()
     for plan in merges:
         if plan.lowering == "merged":
-            replaced |= _merge(plan)
+            replaced |= _merge(plan, sizes)
     settle_strides(module.graph, replaced, facts.mutated)
     if replaced and not torch.is_grad_enabled():
         write_residual_sums(module.graph, facts.mutated)
@@ -150,7 +153,7 @@ def rewrite(
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
-    found = Rewritten(module, before, _code(module), *told, clock.laps, lowered, sizes)
+    found = Rewritten(module, before, module.code, *told, clock.laps, lowered, largest)
     if options.memory_budget is None:
         return found
     over = found.peak.transient_bytes - options.memory_budget
@@ -175,17 +178,28 @@ def _lowered(
     return found
 
 
-def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Any]:
-    """Put the plan's lowering in the place of the site's result; returns the new and the old.
+@dataclass(frozen=True)
+class _Scope:
+    """What the lowerings of one graph share.
 
-    ``instead`` is told, as later sites were found reading what is gone now.
+    ``instead``: nodes that are gone, each with the one in its place: later sites were found
+    reading them.
     """
+
+    facts: Facts
+    values: SymbolicValues
+    sizes: KnownSizes = field(default_factory=KnownSizes)
+    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def _lower(plan: Plan, scope: _Scope) -> tuple[fx.Node, Any]:
+    """Put the plan's lowering in the place of the site's result; returns the new and the old."""
     site, node = plan.site, plan.node
     pin_floats(plan.region)
-    builder = Builder(node, facts.space, instead)
+    builder = Builder(node, scope.facts.space, scope.instead, scope.sizes)
     if isinstance(site, AttentionSite):
         sram_budget = 0 if plan.tiling is None else plan.tiling.sram_limit
-        result = lower_attention(site, builder, plan.tile, sram_budget, plan.blocks)
+        result = lower_attention(site, builder, plan.tile, sram_budget, scope.values, plan.blocks)
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
         result = lower_streamed(site, builder, list(plan.tile))
     elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed_whole":
@@ -199,16 +213,17 @@ def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[f
     old = value(node)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
-    instead[node] = result
+    scope.instead[node] = result
     return result, old
 
 
-def _merge(plan: Plan) -> dict[fx.Node, Any]:
+def _merge(plan: Plan, sizes: KnownSizes) -> dict[fx.Node, Any]:
     """Put one launch in the place of siblings; returns their new nodes with the old values."""
     pin_floats(plan.site.region)
     assert isinstance(plan.site, SiblingsSite)
     replaced = {}
-    for member, result in zip(plan.site.members, lower_siblings(plan.site, plan.tile), strict=True):
+    results = lower_siblings(plan.site, plan.tile, sizes)
+    for member, result in zip(plan.site.members, results, strict=True):
         replaced[result] = value(member.node)
         member.node.replace_all_uses_with(result)
         member.node.graph.erase_node(member.node)

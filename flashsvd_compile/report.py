@@ -3,7 +3,7 @@
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def summary(sites: Sequence[SiteReport]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "no sites"
 
 
+def time_of_passes(seconds: Mapping[str, float]) -> str:
+    """``passes took 0.12 s: normalize 0.08, analysis 0.02, plan 0.01, ...``."""
+    each = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
+    return f"passes took {sum(seconds.values()):.2f} s: {each}"
+
+
 def _ranks(plan: Plan | None) -> str:
     return "" if plan is None else ", ".join(f"{k} {v}" for k, v in ranks(plan.site).items())
 
@@ -132,7 +138,8 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
         "before.py": rewritten.before,
         "after.py": rewritten.after,
         "sites.json": json.dumps(record, indent=2),
-        "report.txt": f"{summary(sites)}\n\n{site_table(sites)}\n",
+        "report.txt": f"{summary(sites)}; {time_of_passes(rewritten.seconds)}\n\n"
+        f"{site_table(sites)}\n",
     }
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".graph_", dir=directory))

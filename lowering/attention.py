@@ -26,6 +26,7 @@ from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
 from flashsvd_compile.analysis.site_records import Arm, AttentionBlocks, AttentionSite
+from flashsvd_compile.analysis.symbolic_values import SymbolicValues
 
 
 def lower_attention(
@@ -33,11 +34,15 @@ def lower_attention(
     builder: Builder,
     tile: Sequence[int],
     sram_budget: int,
+    values: SymbolicValues,
     blocks: AttentionBlocks | None = None,
 ) -> fx.Node:
-    """Write the site in rank space; returns the node that stands for ``site.node``."""
+    """Write the site in rank space; returns the node that stands for ``site.node``.
+
+    ``values`` of the graph's tensors are shared between the sites: most read the same masks.
+    """
     query, key, val = site.query, site.key, site.value
-    mask = _mask(site, builder)
+    mask = _mask(site, builder, values)
     numbers: dict[str, Any] = {
         "num_heads": site.num_heads,
         "is_causal": site.is_causal or mask.is_causal,
@@ -140,8 +145,8 @@ class _Masks:
         self.is_causal = is_causal
 
 
-def _mask(site: AttentionSite, builder: Builder) -> _Masks:
-    found = [_analysed(site, builder, mask) for mask in site.masks]
+def _mask(site: AttentionSite, builder: Builder, values: SymbolicValues) -> _Masks:
+    found = [_analysed(site, builder, mask, values) for mask in site.masks]
     terms = [(term, _narrowed(builder, term)) for mask in found for term in mask.terms]
     attends = [node for term, node in terms if not term.additive]
     added = [node for term, node in terms if term.additive]
@@ -153,7 +158,9 @@ def _mask(site: AttentionSite, builder: Builder) -> _Masks:
     return _Masks(allowed or total, any(mask.is_causal for mask in found))
 
 
-def _analysed(site: AttentionSite, builder: Builder, mask: ScoreMask) -> Mask:
+def _analysed(
+    site: AttentionSite, builder: Builder, mask: ScoreMask, values: SymbolicValues
+) -> Mask:
     groups = (site.batch, site.heads, site.rows, site.keys)
     node = _as_attention_mask(site, builder, mask)
     labels = tuple(builder.space.leaves(dim) for dim in mask.dims)
@@ -161,7 +168,7 @@ def _analysed(site: AttentionSite, builder: Builder, mask: ScoreMask) -> Mask:
     if len(labels) > 4 or any(a not in ((), e) for a, e in zip(labels, expected, strict=True)):
         node = builder.arrange(Labelled((node,), mask.dims), _present(builder, mask, groups))
     sizes = [builder.traced_size(volume(group)) for group in groups]
-    return analyse_mask(node, sizes)
+    return analyse_mask(node, sizes, values)
 
 
 def _present(builder: Builder, mask: ScoreMask, groups: Sequence[Dim]) -> list[Dim]:

@@ -13,14 +13,16 @@ from torch._guards import detect_fake_mode
 from torch.utils._sympy.functions import FloorDiv
 
 from flashsvd_compile.analysis.axes import AxisSpace, Dim, Size, same, shape_of, size_of, volume
-from flashsvd_compile.analysis.calls import aten, is_tensor, value
+from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Bias, Labelled, expose
+from flashsvd_compile.analysis.known_sizes import KnownSizes
 
 
 class Builder:
     """Inserts nodes before ``anchor``; each gets its fake value and the anchor's origin.
 
-    ``instead``: nodes that the graph no longer has, and what stands in their places.
+    ``instead``: nodes that the graph no longer has, and what stands in their places. ``sizes``:
+    shared by the builders of one pass, so that each size is looked for once.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class Builder:
         anchor: fx.Node,
         space: AxisSpace | None = None,
         instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+        sizes: KnownSizes | None = None,
     ) -> None:
         self.space = space or AxisSpace()
         self._instead = instead
+        self._sizes = sizes or KnownSizes()
         self._anchor = anchor
         self._graph = anchor.graph
         self._fake_mode = detect_fake_mode(value(anchor))
@@ -105,17 +109,10 @@ class Builder:
         return value(self.size(size))
 
     def _known_size(self, size: Size, inputs_only: bool = True) -> fx.Node | None:
-        for node in self._graph.nodes:
-            if node is self._anchor:
-                return None
-            traced = value(node)
-            if isinstance(traced, torch.SymInt) and same(size_of(traced), size):
-                return node
-            if is_tensor(node) and (node.op == "placeholder" or not inputs_only):
-                for dim, known in enumerate(shape_of(traced)):
-                    if same(known, size):
-                        return self.call(aten.sym_size.int, node, dim)
-        return None
+        holder = self._sizes.before(self._anchor, size, inputs_only=inputs_only)
+        if holder is None or holder.dim is None:
+            return None if holder is None else holder.node
+        return self.call(aten.sym_size.int, holder.node, holder.dim)
 
     # ---- tensors by their atoms -----------------------------------------------------------------
 

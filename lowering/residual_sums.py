@@ -18,15 +18,17 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import same, shape_of
 from flashsvd_compile.analysis.calls import aten, is_tensor, value
+from flashsvd_compile.analysis.known_sizes import KnownSizes
 
 
 def write_residual_sums(graph: fx.Graph, mutated: Container[fx.Node]) -> None:
     """``mutated``: nodes whose memory the graph writes into; they are left alone."""
+    sizes = KnownSizes()
     for node in list(graph.nodes):
         if not _is_sum(node) or node in mutated or len(node.users) < 2:
             continue
         if any(_is_sum(user) for user in node.users):
-            _write(node)
+            _write(node, Builder(node.next, sizes=sizes))
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -40,8 +42,7 @@ def _is_sum(node: fx.Node) -> bool:
     )
 
 
-def _write(node: fx.Node) -> None:
-    builder = Builder(node.next)
+def _write(node: fx.Node, builder: Builder) -> None:
     try:
         layout = builder.layout(value(node))
     except LookupError:

@@ -16,15 +16,18 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import shape_of
 from flashsvd_compile.analysis.calls import aten, value
+from flashsvd_compile.analysis.known_sizes import KnownSizes
 from flashsvd_compile.analysis.site_records import Sibling, SiblingsSite
 
 
-def lower_siblings(site: SiblingsSite, tile: Sequence[int]) -> list[fx.Node]:
+def lower_siblings(
+    site: SiblingsSite, tile: Sequence[int], sizes: KnownSizes | None = None
+) -> list[fx.Node]:
     """The nodes that stand for the members of the site, in their order."""
     for node in site.hoisted:
         if site.node < node:  # else another site has moved it
             site.node.prepend(node)
-    builder = Builder(site.node)
+    builder = Builder(site.node, sizes=sizes)
     first = site.members[0]
     features = sympy.Integer(first.in_features)
     x = builder.cast(builder.reshape(first.x, [site.rows, features]), site.dtype)

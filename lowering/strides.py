@@ -18,6 +18,7 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import same, size_of
 from flashsvd_compile.analysis.calls import aten, is_aten, is_tensor, overload, value
+from flashsvd_compile.analysis.known_sizes import KnownSizes
 
 
 def settle_strides(
@@ -31,11 +32,12 @@ def settle_strides(
     before: dict[fx.Node, Any] = {
         new: old for new, old in replaced.items() if not _same_strides(value(new), old)
     }
+    sizes = KnownSizes()
     for node in list(graph.nodes):
         if not before.keys() & set(node.all_input_nodes) or node in before:
             continue
         if node.op == "output":
-            _restore(node, before)
+            _restore(node, before, Builder(node, sizes=sizes))
             continue
         if node.target is aten.view.default:
             node.target = aten.reshape.default
@@ -46,7 +48,7 @@ def settle_strides(
             node.meta["val"] = new.to(old.dtype) if isinstance(new, torch.Tensor) else new
             if node in mutated:
                 del before[node]
-                copied = _with_strides_of(node, old, Builder(node.next))
+                copied = _with_strides_of(node, old, Builder(node.next, sizes=sizes))
                 node.replace_all_uses_with(copied, lambda user, own=copied: user is not own)
 
 
@@ -75,8 +77,7 @@ def _is_data_dependent(node: fx.Node) -> bool:
     return bool(tags & set(overload(node).tags))
 
 
-def _restore(output: fx.Node, before: dict[fx.Node, Any]) -> None:
-    builder = Builder(output)
+def _restore(output: fx.Node, before: dict[fx.Node, Any], builder: Builder) -> None:
     for node in output.all_input_nodes:
         if node in before and is_tensor(node):
             output.replace_input_with(node, _with_strides_of(node, before[node], builder))

@@ -68,14 +68,22 @@ def test_sites():
 def test_text_and_json():
     told = explain(Model(), hidden_states(), options=OPTIONS)
     text = str(told)
-    for part in ("2 attention rank_space", "in 1 graph;", "layers.1.mlp", "row_blocks", "planned"):
+    for part in (
+        "2 attention rank_space",
+        "in 1 graph; passes took",
+        "normalize",
+        "layers.1.mlp",
+        "row_blocks",
+        "planned",
+    ):
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
-    assert set(record) == {"sites", "graphs", "seconds", "device"}
+    assert set(record) == {"sites", "graphs", "seconds", "peaks", "device"}
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",
         "layers.1.attention",
     ]
+    assert set(record["seconds"][0]) == {"normalize", "analysis", "plan", "rewrite", "measure"}
     assert set(record["sites"][0]) == {"kind", "where", "lowering", "reason", "plan"}
     assert set(record["sites"][0]["reason"]) == {
         "code",

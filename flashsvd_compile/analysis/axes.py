@@ -59,7 +59,9 @@ def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
 
 def same(left: Size, right: Size) -> bool:
     """Provably equal for every value of the symbols."""
-    return left == right or sympy.expand(left - right) == 0
+    if left == right or (left.is_Integer and right.is_Integer):
+        return bool(left == right)
+    return sympy.expand(left - right) == 0
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:

@@ -1,6 +1,6 @@
 """From a candidate to a feed-forward site: lifts, an activation (gated or not), a down product."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 from torch import fx
@@ -17,10 +17,13 @@ from flashsvd_compile.reason import Code, Reason, reason_at
 
 
 def feed_forward_site(
-    facts: Facts, found: FeedForwardCandidate, latents: set[fx.Node]
+    facts: Facts, found: FeedForwardCandidate, lifts_of: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> FeedForwardSite | Reason | None:
-    """The candidate's site, or why there is none; None where nobody would expect one."""
-    made = _read_site(facts, found, latents)
+    """The candidate's site, or why there is none; None where nobody would expect one.
+
+    ``lifts_of``: see ``lifts_of_latents``.
+    """
+    made = _read_site(facts, found, lifts_of)
     if isinstance(made, Reason) and not _is_intermediate(facts, found):
         return None
     return made
@@ -44,12 +47,12 @@ def _is_intermediate(facts: Facts, found: FeedForwardCandidate) -> bool:
 
 
 def _read_site(
-    facts: Facts, found: FeedForwardCandidate, latents: set[fx.Node]
+    facts: Facts, found: FeedForwardCandidate, lifts_of: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> FeedForwardSite | Reason | None:
     space, product = facts.space, found.down
     lifts = [facts.factored[source] for source in found.region.sources]
     lifted = any(is_low_rank(facts, lift) for lift in lifts)
-    if not lifted and (product.node not in latents or found.lost or not found.region.nodes):
+    if not lifted and (product.node not in lifts_of or found.lost or not found.region.nodes):
         return None
     wide = product.left
     contracted = [i for i, c in enumerate(product.left_letters) if c in product.contracted]
@@ -94,6 +97,7 @@ def _read_site(
         gate = arms[activated]
     rows, region = facts.atoms(wide, tuple(tokens)), inside | {product.node}
     inputs = [(arm.latent, arm.rows, arm.rank) for arm in (up, gate) if arm is not None]
+    exits = lifts_of.get(product.node, ())
     return FeedForwardSite(
         product.node,
         common_path([product.node, *inside]),
@@ -107,7 +111,7 @@ def _read_site(
         width=width,
         out=out,
         out_dims=facts.axes[product.node],
-        outer=outer_factors(facts, product.node, region, inputs, rows, out),
+        outer=outer_factors(facts, product.node, region, inputs, rows, out, exits),
     )
 
 

@@ -24,13 +24,18 @@ def is_low_rank(facts: Facts, fact: Factored) -> bool:
     return inner is not None and bool(rank < inner.rank_size(facts.space)) and bool(rank <= width)
 
 
-def lifted_latents(facts: Facts) -> set[fx.Node]:
-    """Nodes that are lifted: their own lift, or a layout of it, is the latent of a wider one."""
-    found = set()
-    for fact in facts.factored.values():
+def lifts_of_latents(facts: Facts) -> dict[fx.Node, list[fx.Node]]:
+    """Products that are lifted, each with the lifts: it, or a layout of it, is their latent.
+
+    The lifts stand in graph order; where only their concatenation is low-rank there are none.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, fact in facts.factored.items():
         inner = facts.factored.get(fact.latent.node)
         if inner is not None and is_low_rank(facts, fact):
-            found.add(inner.lift)
+            lifts = found.setdefault(inner.lift, [])
+            if node is fact.lift:
+                lifts.append(node)
     return found
 
 

@@ -9,7 +9,7 @@ A lowering may take x in and give y out only where nobody else reads p or s, whe
 under one autocast and grad mode, and where nothing rounds to another dtype in between.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import sympy
@@ -20,7 +20,6 @@ from flashsvd_compile.analysis.axes import Dim, volume
 from flashsvd_compile.analysis.calls import is_tensor, value
 from flashsvd_compile.analysis.factored import Factored, Labelled
 from flashsvd_compile.analysis.facts import Facts
-from flashsvd_compile.analysis.low_rank import is_low_rank
 from flashsvd_compile.analysis.regions import between, other_user
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
@@ -56,10 +55,12 @@ def outer_factors(
     latents: Iterable[tuple[Labelled, Dim, Dim]],
     tokens: Dim,
     out: Dim,
+    lifts: Sequence[fx.Node],
 ) -> Outer | Reason:
     """What stands around a feed-forward that ``region`` computes, ending in the product ``down``.
 
-    ``latents``: of up and then of the gate, each with its atoms of tokens and ranks.
+    ``latents``: of up and then of the gate, each with its atoms of tokens and ranks. ``lifts``: of
+    what ``down`` makes.
     """
     entries = []
     for latent, rows, rank in latents:
@@ -67,14 +68,6 @@ def outer_factors(
         if isinstance(entry, Reason):
             return entry
         entries.append(entry)
-    lifts = [
-        node
-        for node, fact in facts.factored.items()
-        if node is fact.lift
-        and (inner := facts.factored.get(fact.latent.node)) is not None
-        and inner.lift is down
-        and is_low_rank(facts, fact)
-    ]
     if not lifts:
         observed = f"{down.name} is lifted by no factor"
         return reason_at(down, Code.NO_LOW_RANK_OPERAND, observed, "a down projection of two")

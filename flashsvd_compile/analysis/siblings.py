@@ -81,7 +81,7 @@ def _candidate(facts: Facts, product: Contraction) -> _Candidate | None:
     if left in facts.weights and right not in facts.weights:
         left, right, x_letters, weight_letters = right, left, weight_letters, x_letters
     shared = set(x_letters) & set(weight_letters)
-    if left in facts.weights or right not in facts.weights | facts.inputs:
+    if left in facts.weights or not facts.is_given(right):
         return None
     if shared != {x_letters[-1]} or shared & set(product.out_letters):
         return None
@@ -140,7 +140,7 @@ def _is_row(facts: Facts, sibling: Sibling, bias: fx.Node) -> bool:
     """Is it a weight of one number for each column?"""
     sizes = shape_of(value(bias))
     is_row = all(size == 1 for size in sizes[:-1]) and same(sizes[-1], sympy.Integer(sibling.width))
-    return bias in facts.weights | facts.inputs and is_row
+    return facts.is_given(bias) and is_row
 
 
 def _matrix_strides(sibling: Sibling) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from flashsvd_compile.analysis.attention_sites import attention_site
 from flashsvd_compile.analysis.axes import volume
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.feed_forward_sites import feed_forward_site
-from flashsvd_compile.analysis.low_rank import is_low_rank, lifted_latents
+from flashsvd_compile.analysis.low_rank import is_low_rank, lifts_of_latents
 from flashsvd_compile.analysis.outer_factors import chain_ends
 from flashsvd_compile.analysis.site_records import (
     ChainEnds,
@@ -25,14 +25,14 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
     """Sites in graph order, and near-misses with what stood in the way."""
     sites: list[Site] = []
     skips = [Skip(m.kind, m.node, module_path(m.node), m.reason) for m in facts.misses]
-    latents = lifted_latents(facts)
+    lifts = lifts_of_latents(facts)
     for candidate in facts.candidates:
         found: Site | Reason | None
         if isinstance(candidate, AttentionCandidate):
             kind, node, found = "attention", candidate.node, attention_site(facts, candidate)
         else:
             kind, node = "feed_forward", candidate.down.node
-            found = feed_forward_site(facts, candidate, latents)
+            found = feed_forward_site(facts, candidate, lifts)
         if isinstance(found, Reason):
             skips.append(Skip(kind, node, module_path(node), found))
         elif found is not None:

@@ -279,7 +279,7 @@ def _affine(facts: Facts, node: fx.Node) -> None:
 
 
 def _is_bias(facts: Facts, other: fx.Node) -> bool:
-    return other in facts.weights | facts.inputs and other not in facts.mutated
+    return facts.is_given(other) and other not in facts.mutated
 
 
 def _stretch(facts: Facts, node: fx.Node) -> None:

@@ -42,7 +42,10 @@ _RULES = ELEMENTWISE_RULES | POSITION_RULES | VIEW_RULES
 
 
 class SymbolicValues:
-    """Values of the nodes of one graph, which must not change meanwhile; each computed once."""
+    """Values of the nodes of one graph, each computed once.
+
+    Meanwhile nodes may come that write to no memory, and take the place of others of equal worth.
+    """
 
     def __init__(self, graph: fx.Graph):
         self._values: dict[fx.Node, Value] = {}
