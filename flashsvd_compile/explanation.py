@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 
+from flashsvd_compile.factoring.records import Factoring, tables
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
 from flashsvd_compile.planner.named_devices import device_named
@@ -31,13 +32,15 @@ class Explanation:
 
     ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
     before and after, one pair for each graph. ``device``: the one that was asked for, None where
-    the tensors' own counted. ``str()`` is the table.
+    the tensors' own counted. ``factoring``: what became of the dense weights of each graph; empty
+    where options do not ask for that. ``str()`` is the table.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphPair, ...]
     seconds: tuple[Mapping[str, float], ...]
     device: str | None = None
+    factoring: tuple[Factoring, ...] = ()
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
@@ -46,6 +49,7 @@ class Explanation:
         return (
             f"{planned}{summary(self.sites)} in {graphs}; passes took {passes:.2f} s\n\n"
             f"{site_table(self.sites)}"
+            + (f"\n\n{tables(self.factoring)}" if self.factoring else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +59,7 @@ class Explanation:
             "graphs": [{"before": g.before, "after": g.after} for g in self.graphs],
             "seconds": [dict(laps) for laps in self.seconds],
             "device": self.device,
+            "factoring": [factoring.to_dict() for factoring in self.factoring],
         }
 
 
@@ -100,6 +105,7 @@ def explain(
         tuple(GraphPair(r.before, r.after) for r in found),
         tuple(r.seconds for r in found),
         None if planned_for is None else planned_for.name,
+        tuple(r.factoring for r in found if r.factoring is not None),
     )
 
 

@@ -22,6 +22,9 @@ from flashsvd_compile.analysis.site_records import (
 )
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
+from flashsvd_compile.factoring.feed import Feed
+from flashsvd_compile.factoring.planned_factors import factor_weights
+from flashsvd_compile.factoring.records import Factoring
 from flashsvd_compile.lowering.attention import lower_attention
 from flashsvd_compile.lowering.builder import Builder
 from flashsvd_compile.lowering.chain import lower_chain
@@ -48,7 +51,11 @@ from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph and the story of how it came about."""
+    """A rewritten graph and the story of how it came about.
+
+    ``factoring``: what became of its dense weights, None where that was not asked. ``feed``: what
+    makes the factors that it takes as inputs behind the given ones, None where it takes none.
+    """
 
     module: fx.GraphModule
     before: str
@@ -56,6 +63,8 @@ class Rewritten:
     plans: tuple[Plan, ...]
     skips: tuple[Skip, ...]
     seconds: dict[str, float]
+    factoring: Factoring | None = None
+    feed: Feed | None = None
 
 
 def rewrite(
@@ -79,6 +88,17 @@ def rewrite(
     _erase_dead(module.graph)
     before = _code(module)
     clock.lap("normalize")
+
+    factoring, feed = None, None
+    if options.factors_weights:
+        factoring, feed = factor_weights(
+            module.graph,
+            example_inputs,
+            keep=options.keep,
+            weight_budget=options.weight_budget,
+        )
+        _erase_dead(module.graph)
+        clock.lap("factoring")
 
     facts = sweep(module.graph)
     sites, skips = find_sites(facts, module.graph)
@@ -120,7 +140,7 @@ def rewrite(
     module.recompile()
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
-    return Rewritten(module, before, _code(module), *told, clock.laps)
+    return Rewritten(module, before, _code(module), *told, clock.laps, factoring, feed)
 
 
 def _lower(plan: Plan, facts: Facts, instead: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Any]:

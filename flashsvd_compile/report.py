@@ -128,11 +128,15 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
     """
     sites = site_reports(rewritten)
     record = {"sites": [s.to_dict() for s in sites], "seconds": rewritten.seconds}
+    text = f"{summary(sites)}\n\n{site_table(sites)}\n"
+    if (factoring := rewritten.factoring) is not None:
+        record["factoring"] = factoring.to_dict()
+        text += f"\n{factoring.table()}\n"
     contents = {
         "before.py": rewritten.before,
         "after.py": rewritten.after,
         "sites.json": json.dumps(record, indent=2),
-        "report.txt": f"{summary(sites)}\n\n{site_table(sites)}\n",
+        "report.txt": text,
     }
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".graph_", dir=directory))
