@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -162,7 +161,8 @@ def parse_bytes(name: str, value: Any) -> int | None:
 def _share(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 1:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
         raise OptionsError(f"{name}={value!r}: a share of parameters between 0 and 1 is needed")
     return float(value)
 

@@ -27,7 +27,7 @@ from flashsvd_compile.factoring.ranks import rank_of
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is read: as ``heads`` matrices one below the other, lying as [in, out] or not."""
+    """How a weight is read: as ``heads`` matrices one below the other; [in, out] or [out, in]."""
 
     heads: int
     is_transposed: bool

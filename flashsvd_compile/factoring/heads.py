@@ -22,6 +22,7 @@ from flashsvd_compile.analysis.calls import is_tensor, value
 from flashsvd_compile.analysis.contraction import read_contraction
 from flashsvd_compile.analysis.factored import Factored
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
+from flashsvd_compile.analysis.layout import is_layout
 
 
 def find_head_dims(facts: Facts) -> dict[fx.Node, int]:
@@ -35,34 +36,46 @@ def find_head_dims(facts: Facts) -> dict[fx.Node, int]:
             continue
         for operand in (candidate.query, candidate.key, candidate.value):
             width = volume(facts.atoms(operand.node, operand.feature))
-            if isinstance(width, sympy.Integer):
-                for product in _products_behind(facts, operand.node, int(width)):
+            if isinstance(width, sympy.Integer) and len(operand.feature) == 1:
+                feature = operand.feature[0]
+                for product in _products_behind(facts, operand.node, feature, int(width)):
                     found[product].add(int(width))
     return {node: widths.pop() for node, widths in found.items() if len(widths) == 1}
 
 
-def _products_behind(facts: Facts, operand: fx.Node, width: int) -> Iterator[fx.Node]:
-    """The products that an operand comes from, where their columns divide into its heads."""
-    pending, seen = [operand], {operand}
+def _products_behind(facts: Facts, operand: fx.Node, feature: int, width: int) -> Iterator[fx.Node]:
+    """The products that an operand comes from, where their columns divide into its heads.
+
+    ``feature``: which of its dimensions is the head, ``width`` wide. It is followed back as far as
+    heads stand apart: what has them side by side came before they were made.
+    """
+    pending, seen = [(operand, feature)], {operand}
     while pending:
-        node = pending.pop()
+        node, dim = pending.pop()
         if (fact := facts.factored.get(node)) is not None:
             columns = facts.space.leaves(facts.axes[fact.lift][-1])
             if _innermost(columns, width) or _is_cut_into(facts.space, fact, width):
                 yield fact.lift
             continue
-        if not _is_of_heads(node, width) or read_contraction(node) is not None:
-            continue  # what made these heads was no single product
+        size = value(node).shape[dim]
+        if not isinstance(size, int) or size > width or read_contraction(node) is not None:
+            continue
         for source in node.all_input_nodes:
             if is_tensor(source) and source not in seen and source not in facts.weights:
                 seen.add(source)
-                pending.append(source)
+                pending += [(source, d) for d in _same_dimension(facts, node, dim, source)]
 
 
-def _is_of_heads(node: fx.Node, width: int) -> bool:
-    """Is the last dimension of ``node`` a head or a part of one, not all heads side by side?"""
-    shape = value(node).shape
-    return len(shape) > 2 and isinstance(shape[-1], int) and shape[-1] <= width
+def _same_dimension(facts: Facts, node: fx.Node, dim: int, source: fx.Node) -> list[int]:
+    """The dimension of ``source`` that ``dim`` of ``node`` was, or none."""
+    space, rank = facts.space, value(source).dim()
+    if is_layout(node) and source in facts.axes:
+        atoms = space.leaves(facts.axes[node][dim])
+        found = [d for d, own in enumerate(space.refine(facts.axes[source])) if own == atoms != ()]
+        if found:
+            return found[:1]
+    from_right = dim - value(node).dim()
+    return [rank + from_right] if rank >= -from_right else []
 
 
 def _is_cut_into(space: AxisSpace, fact: Factored, width: int) -> bool:

@@ -103,7 +103,7 @@ def _judged(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[_Readable | 
         inputs, out = (int(size) for size in shape_of(value(weight.node)))
         if not weight.is_transposed:
             inputs, out = out, inputs
-        widths = {head_dims.get(product.node) for product in weight.products} - {None}
+        widths = {head_dims.get(product) for product in weight.products} - {None}
         width = widths.pop() if len(widths) == 1 else None
         heads = out // width if width and out % width == 0 else 1
         form = Form(heads, weight.is_transposed)
@@ -188,5 +188,7 @@ def _path(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     name = name() if callable(name) else name  # a method up to torch 2.11
-    steps = re.findall(r"\w+", re.sub(r"^[LG]\['\w+'\]", "", name))
-    return ".".join(s for s in steps if s not in ("_modules", "_parameters", "_buffers")) or node.name
+    steps = re.findall(r"\w+", re.sub(r"^[LG]\['\w+'\](\[\d+\])?", "", name))
+    return (
+        ".".join(s for s in steps if s not in ("_modules", "_parameters", "_buffers")) or node.name
+    )

@@ -28,24 +28,15 @@ _FORM = "x [.., in] times a matrix of the model, columns last"
 
 
 @dataclass(frozen=True)
-class DenseProduct:
-    """``node`` = x [.., in] · Wᵀ [in, out] + bias."""
-
-    node: fx.Node
-    x: fx.Node
-    bias: fx.Node | None
-
-
-@dataclass(frozen=True)
 class DenseWeight:
-    """A placeholder, the products that read it, and what keeps it dense, if anything does.
+    """A placeholder, the products x [.., in] · Wᵀ (+ bias) that read it, and what keeps it dense.
 
     ``is_transposed``: it lies as [in, out]. ``position``: its place among the graph's inputs.
     """
 
     node: fx.Node
     position: int
-    products: tuple[DenseProduct, ...]
+    products: tuple[fx.Node, ...]
     is_transposed: bool = False
     obstacle: Reason | None = None
 
@@ -55,7 +46,7 @@ def find_dense_weights(facts: Facts, graph: fx.Graph) -> list[DenseWeight]:
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     own = weight_placeholders(graph)
     latents = lifted_latents(facts)
-    found: dict[fx.Node, list[tuple[DenseProduct, bool | Reason]]] = defaultdict(list)
+    found: dict[fx.Node, list[tuple[fx.Node, bool | Reason]]] = defaultdict(list)
     for node in graph.nodes:
         product = read_contraction(node) if is_tensor(node) else None
         if product is None:
@@ -65,13 +56,12 @@ def find_dense_weights(facts: Facts, graph: fx.Graph) -> list[DenseWeight]:
             x, weight = weight, x
         source = _source(facts, weight)
         if x not in facts.weights and source in own:
-            read = DenseProduct(node, x, product.bias)
-            found[source].append((read, _orientation(facts, product, source, latents)))
+            found[source].append((node, _orientation(facts, product, source, latents)))
     return [_gathered(source, positions[source], reads) for source, reads in found.items()]
 
 
 def _gathered(
-    source: fx.Node, position: int, reads: list[tuple[DenseProduct, bool | Reason]]
+    source: fx.Node, position: int, reads: list[tuple[fx.Node, bool | Reason]]
 ) -> DenseWeight:
     products = tuple(product for product, _ in reads)
     ways = {way for _, way in reads}
@@ -81,7 +71,7 @@ def _gathered(
         problem = reason_at(source, Code.EMBEDDING_TABLE, observed, "a matrix for products only")
     elif len(ways) > 1 and problem is None:
         observed = "a matrix that is read both as it lies and transposed"
-        problem = reason_at(products[0].node, Code.BAD_LAYOUT, observed, "one way")
+        problem = reason_at(products[0], Code.BAD_LAYOUT, observed, "one way")
     return DenseWeight(source, position, products, True in ways, problem)
 
 
@@ -104,8 +94,12 @@ def _orientation(
     sizes = shape_of(value(source))
     if value(source).dim() != 2 or not all(isinstance(size, sympy.Integer) for size in sizes):
         return reason_at(node, Code.BAD_LAYOUT, f"a weight of shape {list(sizes)}", _FORM)
+    if 1 in sizes:
+        observed = f"a weight of shape {list(sizes)} has rank 1 as it is"
+        return reason_at(node, Code.RANK_TOO_LARGE, observed, "factors that save")
     fact = facts.factored.get(node)
-    if node in latents or (fact is not None and is_low_rank(facts, fact)):
+    is_lift = fact is not None and fact.latent.node in facts.factored and is_low_rank(facts, fact)
+    if node in latents or is_lift:
         return reason_at(node, Code.ALREADY_LOW_RANK, "a factor of a low-rank product", "a matrix")
     step = weight
     while step is not source:
@@ -122,6 +116,6 @@ def _orientation(
         and out == (*product.left_letters[:-1], *columns)
     )
     dims, taken = facts.space.refine(facts.axes[source]), facts.space.refine(facts.axes[weight])
-    if not plain or () in dims or taken not in (dims, dims[::-1]):
+    if not plain or taken not in (dims, dims[::-1]):
         return reason_at(node, Code.BAD_LAYOUT, f"{node.target} in another form", _FORM)
     return taken[product.right_letters.index(shared)] == dims[0]

@@ -1,8 +1,8 @@
 """Factored products in the place of dense ones.
 
-    y = linear(x, w, b)
-    →  p = linear(x, u);  y = linear(p, v, b)                                     a whole matrix
-    →  p = unflatten(linear(x, u), [H, r]);  y = flatten(einsum(p, v)) + b        per head
+y = linear(x, w, b)
+→  p = linear(x, u);  y = linear(p, v, b)                                     a whole matrix
+→  p = unflatten(linear(x, u), [H, r]);  y = flatten(einsum(p, v)) + b        per head
 """
 
 from contextlib import nullcontext
@@ -13,14 +13,16 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from flashsvd_compile.analysis.calls import aten, value
-from flashsvd_compile.factoring.products import DenseProduct
+from flashsvd_compile.analysis.contraction import read_contraction
 
 
-def write_factored(product: DenseProduct, u: fx.Node, v: fx.Node) -> None:
-    """Replace ``product`` by its factors ``u`` [H·r, in] or [r, in] and ``v`` [H, D, r] or [out, r]."""
-    node, bias = product.node, product.bias
-    write = _Writer(node)
-    latent = write(aten.linear.default, product.x, u)
+def write_factored(node: fx.Node, u: fx.Node, v: fx.Node) -> None:
+    """Replace the dense product ``node`` by one with ``u`` [H·r, in] and ``v`` [H, D, r], or with
+    [r, in] and [out, r] of a whole matrix."""
+    product = read_contraction(node)
+    assert product is not None
+    write, bias = _Writer(node), product.bias
+    latent = write(aten.linear.default, product.left, u)
     if value(v).dim() == 3:
         heads, _, rank = value(v).shape
         latent = write(aten.unflatten.int, latent, -1, [int(heads), int(rank)])
@@ -39,7 +41,7 @@ def write_factored(product: DenseProduct, u: fx.Node, v: fx.Node) -> None:
 
 
 class _Writer:
-    """Writes nodes before a product, traced in its dtype: under autocast its operands have others."""
+    """Writes nodes before a product, traced in its dtype: under autocast operands have others."""
 
     def __init__(self, product: fx.Node) -> None:
         self._product = product
@@ -74,5 +76,5 @@ def add_input(graph: fx.Graph, name: str, tensor: torch.Tensor) -> fx.Node:
     # comes from nowhere in the user's code is what a source of None says.
     node.meta |= {"val": traced, "example_value": traced,
                   "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}  # fmt: skip
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
