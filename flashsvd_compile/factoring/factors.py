@@ -117,8 +117,25 @@ class Spectrum:
         return (float(energy[..., rank:].sum()) / total) ** 0.5 if total > 0 else 0.0
 
 
+# Weight → form → when its spectrum was computed, and what it was.
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def spectrum(weight: Tensor, form: Form) -> Spectrum | None:
-    """None for values that are not finite. Computed as `truncated_svd` computes."""
+    """That of ``weight`` as it is now; None for values that are not finite.
+
+    Computed in the dtype in which `truncated_svd` computes, and once for all graphs.
+    """
+    seen: dict[Form, tuple[Stamp, Spectrum | None]] = _seen.setdefault(weight, {})
+    stamp, found = seen.get(form, (None, None))
+    if stamp is None or not stamp.fits(weight):
+        stamp = Stamp(weight)
+        found = _spectrum(weight, form)
+        seen[form] = stamp, found
+    return found
+
+
+def _spectrum(weight: Tensor, form: Form) -> Spectrum | None:
     with _plainly():
         if not torch.isfinite(weight).all():
             return None

@@ -8,10 +8,12 @@ included that stay dense because factors would save nothing, fit.
 What the spectra decide is where to stop: singular values that storing the weight in its dtype blurs
 anyway (`rank_of`) buy nothing, and under a budget what they would have cost goes to the others.
 They do not decide who gets more. Energies of different matrices are no common unit, as their
-inputs have different scales, and planning by them was worse than an equal share. The heads of one
-matrix read one input, so there energies could be compared; but the kernels run one rank for all
-heads of a call, heads of lower rank would be padded with zeros to the largest, and the best plan
-that pays for its padding is the equal one.
+inputs have different scales, and planning by them was worse than an equal share. Queries and keys
+have one, the error of their scores; but of all-MiniLM-L6-v2 that moved no layer's rank by more than
+one at shares of 0.3, 0.5 and 0.7, and its embeddings came no closer to the dense ones. The heads of
+one matrix read one input and could be compared; but the kernels run one rank for all heads of a
+call, lower ones would be padded with zeros to the largest, and the best plan that pays for its
+padding is the equal one.
 """
 
 from collections.abc import Sequence

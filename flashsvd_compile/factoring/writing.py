@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from flashsvd_compile.analysis.calls import aten, value
@@ -56,7 +57,8 @@ class _Writer:
             found = value(source)
             return found.to(dtype) if isinstance(found, torch.Tensor) else found
 
-        with self._fake_mode or nullcontext():
+        # By torch's decompositions in Python: `aten.linear` itself reads no symbolic sizes.
+        with enable_python_dispatcher(), self._fake_mode or nullcontext():
             node.meta["val"] = target(*fx.map_arg(args, traced))
         for key in ("stack_trace", "nn_module_stack"):
             if key in self._product.meta:

@@ -100,6 +100,17 @@ def test_nothing_is_factored_without_a_change():
         run(torch.randn(5, 30))
 
 
+def test_a_graph_for_another_shape_takes_the_same_factors():
+    model, x = FeedForward(), torch.randn(5, 30)
+    run = compiled(model)
+    run(x)
+    with (
+        patch("flashsvd_compile.factoring.factors.truncated_svd", side_effect=AssertionError),
+        patch("torch.linalg.svdvals", side_effect=AssertionError),
+    ):
+        run(torch.randn(7, 30))
+
+
 def test_a_write_through_data_is_the_known_gap():
     """``p.data`` has a counter of its own; if this is noticed one day, say so in the docs."""
     model, x = FeedForward(), torch.randn(5, 30)
