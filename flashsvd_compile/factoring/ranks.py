@@ -73,11 +73,12 @@ def rank_of(matrices: Tensor, sigma: Tensor) -> int:
     above what rounding to their dtype does to them; at least 1.
 
     Rounding adds noise of up to eps/2 of each number, whose largest singular value is about
-    (√m + √n) times its own size; the decomposition adds a few eps of the largest.
+    (√m + √n) times its own size; the SVD that makes the factors adds a few eps of the largest.
     """
     m, n = matrices.shape[-2:]
     size = sigma.square().sum(-1, keepdim=True).div(m * n).sqrt()
     rounding = torch.finfo(matrices.dtype).eps / 2 * size * (m**0.5 + n**0.5)
-    computing = 4 * torch.finfo(sigma.dtype).eps * sigma[..., :1] * max(m, n) ** 0.5
+    precise = torch.promote_types(matrices.dtype, torch.float32)
+    computing = 4 * torch.finfo(precise).eps * sigma[..., :1] * max(m, n) ** 0.5
     above = (sigma > rounding + computing).sum(-1)
     return max(1, int(above.max()))
