@@ -71,7 +71,7 @@ def test_text_and_json():
     for part in ("2 attention rank_space", "in 1 graph;", "layers.1.mlp", "row_blocks", "planned"):
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
-    assert set(record) == {"sites", "graphs", "seconds", "device"}
+    assert set(record) == {"sites", "graphs", "seconds", "device", "factoring"}
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",
         "layers.1.attention",
