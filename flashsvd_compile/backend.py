@@ -45,12 +45,20 @@ def flashsvd(
         )
         return _compile(gm, example_inputs, parsed)
     _tell(rewritten, parsed)
-    return _compile(rewritten.module, example_inputs, parsed)
+    feed = rewritten.feed
+    if feed is None:
+        return _compile(rewritten.module, example_inputs, parsed)
+    given = [*example_inputs, *feed.inputs(example_inputs)]
+    return feed.around(_compile(rewritten.module, given, parsed))
 
 
 def _tell(rewritten: Rewritten, options: Options) -> None:
     sites = site_reports(rewritten)
     log.info("%s; %s", summary(sites), time_of_passes(rewritten.seconds))
+    if rewritten.factoring is not None:
+        refused = rewritten.factoring.refused is not None
+        log.log(logging.WARNING if refused else logging.INFO, rewritten.factoring.summary())
+        log.debug("weights\n%s", rewritten.factoring.table())
     log.debug("sites\n%s", site_table(sites))
     log.debug("graph before\n%s", rewritten.before)
     log.debug("graph after\n%s", rewritten.after)

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 
+from flashsvd_compile.factoring.records import Factoring, tables
 from flashsvd_compile.memory.peak import Peak
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
@@ -39,7 +40,8 @@ class Explanation:
     ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
     before and after, one pair for each graph. ``peaks``: what each graph will hold at most, as
     predicted for inference under Inductor. ``device``: the one that was asked for, None where
-    the tensors' own counted. ``str()`` is the table.
+    the tensors' own counted. ``factoring``: what became of the dense weights of each graph; empty
+    where options do not ask for that. ``str()`` is the table.
     """
 
     sites: tuple[SiteReport, ...]
@@ -47,6 +49,7 @@ class Explanation:
     seconds: tuple[Mapping[str, float], ...]
     peaks: tuple[Peak, ...]
     device: str | None = None
+    factoring: tuple[Factoring, ...] = ()
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
@@ -59,6 +62,7 @@ class Explanation:
             f"{planned}{summary(self.sites)} in {graphs}; {time_of_passes(passes)}\n\n"
             f"{site_table(self.sites)}"
             + "".join(f"\n\nholds at most {peak}" for peak in self.peaks)
+            + (f"\n\n{tables(self.factoring)}" if self.factoring else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +73,7 @@ class Explanation:
             "seconds": [dict(laps) for laps in self.seconds],
             "peaks": [peak.to_dict() for peak in self.peaks],
             "device": self.device,
+            "factoring": [factoring.to_dict() for factoring in self.factoring],
         }
 
 
@@ -115,6 +120,7 @@ def explain(
         tuple(r.seconds for r in found),
         tuple(r.peak for r in found),
         None if planned_for is None else planned_for.name,
+        tuple(r.factoring for r in found if r.factoring is not None),
     )
 
 

@@ -17,7 +17,8 @@ from flashsvd_compile.options import Options
 def fingerprint(options: Options) -> str:
     """Changes with any file of the package that counts, and any option that shapes the graph."""
     shaping = (options.compiler, options.attention, options.feed_forward, options.chain,
-               options.siblings, options.sram_budget)  # fmt: skip
+               options.siblings, options.sram_budget, options.keep,
+               options.weight_budget)  # fmt: skip
     return hashlib.sha256(f"{_sources()} {shaping!r}".encode()).hexdigest()
 
 

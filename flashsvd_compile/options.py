@@ -45,6 +45,9 @@ class Options:
     each kind of call, and the fastest kept on disk (`cache_directory`). ``"auto"``: where the GPU's
     generation has no table of tiles, and everywhere under Inductor's ``max_autotune``, which
     ``mode="max-autotune"`` sets. ``True``: everywhere. ``False``: nowhere, and none kept is read.
+    ``keep``, ``weight_budget``: factor the dense weights of a model in inference while compiling
+    it, to this share of each one's parameters, in (0, 1), or so that those of one graph fit into
+    this many bytes, a number or ``"200MiB"``; at most one of the two. None factors nothing.
     ``debug_dir``: a directory that gets every graph before and after, the sites as JSON and the
     report as text.
     ``inductor``: every other option is Inductor's own and is passed through. As in torch, a dash
@@ -61,8 +64,15 @@ class Options:
     max_batch: int | None = None
     max_length: int | None = None
     autotune: bool | str = "auto"
+    keep: float | None = None
+    weight_budget: int | None = None
     debug_dir: Path | None = None
     inductor: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def factors_weights(self) -> bool:
+        """Whether dense weights are to be factored."""
+        return self.keep is not None or self.weight_budget is not None
 
     def times_tiles(self, is_measured: bool) -> bool:
         """Whether tiles are timed in place of an order that is, or is not, one of measurements."""
@@ -77,14 +87,16 @@ class Options:
         """Options from what ``torch.compile`` was given.
 
         Raises OptionsError for a name that neither this backend nor Inductor knows, for a value
-        that an option does not take and for an unknown mode; the message names the nearest right
-        spelling.
+        that an option does not take, for two options that exclude each other and for an unknown
+        mode; the message names the nearest right spelling.
         """
         if isinstance(options, Options):
             return options
         given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
         own = {f.name for f in fields(cls)} - {"inductor"}
         known = {name: _VALIDATE[name](name, given.pop(name)) for name in sorted(own & set(given))}
+        if known.get("keep") is not None and known.get("weight_budget") is not None:
+            raise OptionsError("keep and weight_budget both say how large factors are: give one")
         patches = _mode_patches(mode) | _inductor_patches(given, own)
         return cls(**known, inductor=MappingProxyType(patches))
 
@@ -154,6 +166,15 @@ def parse_bytes(name: str, value: Any) -> int | None:
     return size
 
 
+def _share(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
+        raise OptionsError(f"{name}={value!r}: a share of parameters between 0 and 1 is needed")
+    return float(value)
+
+
 def cache_directory() -> Path:
     """Where what was measured is kept: ``FLASHSVD_CACHE_DIR``; else ``flashsvd`` in
     ``TORCHINDUCTOR_CACHE_DIR``; else ``flashsvd_compile`` in the user's directory of caches."""
@@ -191,5 +212,7 @@ _VALIDATE: dict[str, Any] = {
     "max_batch": _count,
     "max_length": _count,
     "autotune": _one_of(AUTOTUNE),
+    "keep": _share,
+    "weight_budget": parse_bytes,
     "debug_dir": _directory,
 }

@@ -26,6 +26,9 @@ from flashsvd_compile.analysis.site_records import (
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
+from flashsvd_compile.factoring.feed import Feed
+from flashsvd_compile.factoring.planned_factors import factor_weights
+from flashsvd_compile.factoring.records import Factoring
 from flashsvd_compile.lowering.attention import lower_attention
 from flashsvd_compile.lowering.builder import Builder
 from flashsvd_compile.lowering.chain import lower_chain
@@ -58,7 +61,11 @@ from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph and the story of how it came about."""
+    """A rewritten graph and the story of how it came about.
+
+    ``factoring``: what became of its dense weights, None where that was not asked. ``feed``: what
+    makes the factors that it takes as inputs behind the given ones, None where it takes none.
+    """
 
     module: fx.GraphModule
     before: str
@@ -68,6 +75,8 @@ class Rewritten:
     seconds: dict[str, float]
     lowered: Mapping[fx.Node, Lowered]
     sizes: Mapping[Size, int]
+    factoring: Factoring | None = None
+    feed: Feed | None = None
 
     @cached_property
     def peak(self) -> Peak:
@@ -104,6 +113,17 @@ def rewrite(
     _erase_dead(module.graph)
     before = _code(module)
     clock.lap("normalize")
+
+    factoring, feed = None, None
+    if options.factors_weights:
+        factoring, feed = factor_weights(
+            module.graph,
+            example_inputs,
+            keep=options.keep,
+            weight_budget=options.weight_budget,
+        )
+        _erase_dead(module.graph)
+        clock.lap("factoring")
 
     facts = sweep(module.graph)
     sites, skips = find_sites(facts, module.graph)
@@ -153,7 +173,9 @@ def rewrite(
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
-    found = Rewritten(module, before, module.code, *told, clock.laps, lowered, largest)
+    found = Rewritten(
+        module, before, module.code, *told, clock.laps, lowered, largest, factoring, feed
+    )
     if options.memory_budget is None:
         return found
     over = found.peak.transient_bytes - options.memory_budget

@@ -12,16 +12,20 @@ class Code(str, Enum):
     """What stood in the way. The value is what reports and JSON show."""
 
     ACTIVATION_UNKNOWN = "activation_unknown"
+    ALREADY_LOW_RANK = "already_low_rank"
     BAD_LAYOUT = "bad_layout"
     DATA_DEPENDENT_SCALE = "data_dependent_scale"
     DROPOUT_ACTIVE = "dropout_active"
     DTYPE = "dtype"
+    EMBEDDING_TABLE = "embedding_table"
     FORCED = "forced"
+    GRADIENTS = "gradients"
     LATENT_HAS_OTHER_USER = "latent_has_other_user"
     MEMORY_BUDGET = "memory_budget"
     MUTATED = "mutated"
     NO_FUSED_LOWERING = "no_fused_lowering"
     NO_LOW_RANK_OPERAND = "no_low_rank_operand"
+    NO_VALUES = "no_values"
     NOT_PROFITABLE = "not_profitable"
     NOT_YET_COMPUTED = "not_yet_computed"
     OP_NOT_CARRIED = "op_not_carried"
@@ -31,6 +35,7 @@ class Code(str, Enum):
     SOFTMAX_AXIS = "softmax_axis"
     SRAM = "sram"
     UNSUPPORTED_DEVICE = "unsupported_device"
+    WEIGHT_BUDGET = "weight_budget"
     WIDE_HAS_OTHER_USER = "wide_has_other_user"
 
 

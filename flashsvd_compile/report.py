@@ -133,13 +133,21 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
     four appear together or not at all.
     """
     sites = site_reports(rewritten)
-    record = {"sites": [s.to_dict() for s in sites], "seconds": rewritten.seconds}
+    record: dict[str, Any] = {
+        "sites": [s.to_dict() for s in sites],
+        "seconds": rewritten.seconds,
+        "peak": rewritten.peak.to_dict(),
+    }
+    text = f"{summary(sites)}; {time_of_passes(rewritten.seconds)}\n\n{site_table(sites)}\n"
+    text += f"\nholds at most {rewritten.peak}\n"
+    if (factoring := rewritten.factoring) is not None:
+        record["factoring"] = factoring.to_dict()
+        text += f"\n{factoring.table()}\n"
     contents = {
         "before.py": rewritten.before,
         "after.py": rewritten.after,
         "sites.json": json.dumps(record, indent=2),
-        "report.txt": f"{summary(sites)}; {time_of_passes(rewritten.seconds)}\n\n"
-        f"{site_table(sites)}\n",
+        "report.txt": text,
     }
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".graph_", dir=directory))

@@ -135,6 +135,41 @@ def test_the_fingerprint_reads_the_files(tmp_path, monkeypatch):
         prints.append(fingerprint.fingerprint(Options()))
     fingerprint._sources.cache_clear()
     assert prints[0] == prints[2] != prints[1]
-    shaping = {"attention": "unfused", "feed_forward": "unfused", "siblings": "merged"}
+    shaping = {"attention": "unfused", "feed_forward": "unfused", "siblings": "merged",
+               "keep": 0.5, "weight_budget": 64}  # fmt: skip
     changed = [Options(**{name: value}) for name, value in shaping.items()]
-    assert len({fingerprint.fingerprint(options) for options in (Options(), *changed)}) == 4
+    assert len({fingerprint.fingerprint(options) for options in (Options(), *changed)}) == 6
+
+
+FACTORED = """
+import copy, json, sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+from flashsvd_compile import compress_
+for seed in (0, 1, 0):
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(seed)
+    model, x = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 20)), torch.randn(5, 20)
+    with torch.no_grad():
+        result = torch.compile(model, backend="flashsvd", options={"keep": 0.5})(x)
+        low = copy.deepcopy(model)
+        compress_(low, keep=0.5)
+        torch.testing.assert_close(result, low(x))
+    caches = counters["aot_autograd"]
+    print(json.dumps([caches["autograd_cache_" + event] for event in ("hit", "miss", "bypass")]))
+"""
+
+
+def test_factors_are_no_part_of_what_caches_keep(tmp_path):
+    """A model of the same shapes takes the kept kernels, and brings its own factors."""
+    done = subprocess.run(
+        [sys.executable, "-c", FACTORED],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]

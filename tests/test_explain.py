@@ -78,7 +78,7 @@ def test_text_and_json():
     ):
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
-    assert set(record) == {"sites", "graphs", "seconds", "peaks", "device"}
+    assert set(record) == {"sites", "graphs", "seconds", "peaks", "device", "factoring"}
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",
         "layers.1.attention",

@@ -63,11 +63,13 @@ def _within(room: str) -> list[str]:
 # room or module -> what it may import of this package, by prefix
 ARROWS = {
     "backend": ["explanation", "report", "fingerprint", "pipeline", "options"],
-    "explanation": ["report", "pipeline", "planner.named_devices", "options"],
+    "explanation": ["report", "pipeline", "factoring.records", "planner.named_devices", "options"],
     "report": ["pipeline", "analysis", "planner", "reason"],
     "fingerprint": ["options"],
-    "pipeline": ["normalize", "analysis", "planner", "lowering", "tuning", "options", "reason"],
+    "pipeline": ["normalize", "factoring", "analysis", "planner", "lowering", "tuning", "options",
+                 "reason"],
     "normalize": [],
+    "factoring": ["factoring", "analysis", "compress.linears", "compress.svd", "reason"],
     "options": [],
     "reason": [],
     "analysis": ["analysis", "reason", "kernels.activations", "kernels.siblings_tiles"],

@@ -22,6 +22,10 @@ RIGHT = {
     "bytes_binary": ({"sram_budget": "99KiB"}, {"sram_budget": 99 * 1024}),
     "bytes_decimal": ({"sram_budget": "1.5 MB"}, {"sram_budget": 1_500_000}),
     "bytes_none": ({"sram_budget": None}, {"sram_budget": None}),
+    "keep": ({"keep": 0.5}, {"keep": 0.5}),
+    "keep_none": ({"keep": None, "weight_budget": None}, {}),
+    "weight_budget": ({"weight_budget": "200MiB"}, {"weight_budget": 200 * 2**20}),
+    "weight_budget_alone": ({"keep": None, "weight-budget": 64}, {"weight_budget": 64}),
     "autotune_on": ({"autotune": True}, {"autotune": True}),
     "autotune_off": ({"autotune": False}, {"autotune": False}),
     "autotune_auto": ({"autotune": "auto"}, {}),
@@ -48,6 +52,14 @@ WRONG = {
     "bool": ({"sram_budget": True}, ["at least one byte"]),
     "list": ({"sram_budget": [1]}, ["sram_budget", "99KiB"]),
     "path": ({"debug_dir": 3}, ["debug_dir", "path"]),
+    "keep_all": ({"keep": 1}, ["keep=1", "between 0 and 1"]),
+    "keep_nothing": ({"keep": 0.0}, ["keep=0.0", "between 0 and 1"]),
+    "keep_nan": ({"keep": float("nan")}, ["keep=nan", "between 0 and 1"]),
+    "keep_bool": ({"keep": True}, ["keep=True", "between 0 and 1"]),
+    "keep_word": ({"keep": "half"}, ["keep='half'", "between 0 and 1"]),
+    "budget_unit": ({"weight_budget": "200 megs"}, ["weight_budget", "'megs'"]),
+    "budget_zero": ({"weight_budget": 0}, ["weight_budget=0", "at least one byte"]),
+    "both": ({"keep": 0.5, "weight_budget": "1GiB"}, ["keep and weight_budget", "give one"]),
 }
 
 
