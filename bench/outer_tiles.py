@@ -20,7 +20,11 @@ from flashsvd_compile.kernels import chain_tiles, feed_forward_whole_tiles
 from flashsvd_compile.kernels.chain import streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile
-from flashsvd_compile.kernels.devices import multiprocessors_of_device, sram_bytes_of_device
+from flashsvd_compile.kernels.devices import (
+    generation_of,
+    multiprocessors_of_device,
+    sram_bytes_of_device,
+)
 from flashsvd_compile.kernels.feed_forward_whole import streamed_whole_feed_forward
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeExtents, WholeTile
@@ -32,6 +36,7 @@ ROUNDS = 10
 COMPILERS = 12
 SHOWN = 12
 HIDDEN, INTERMEDIATE = 768, 3072
+DEVICE = torch.device("cuda:0")
 
 
 def normal(*size: int) -> torch.Tensor:
@@ -62,7 +67,9 @@ class Whole:
     def _extents(self) -> WholeExtents:
         gate = self.rank if self.gated else None
         gate_from = "x" if self.gated else "none"
-        return WholeExtents(self.rank, gate, self.rank, INTERMEDIATE, gate_from, 2)
+        return WholeExtents(
+            self.rank, gate, self.rank, INTERMEDIATE, gate_from, 2, generation_of(DEVICE)
+        )
 
     def tiles(self, sram_bytes: int, multiprocessors: int) -> Iterator[TileConfig]:
         del multiprocessors
@@ -101,20 +108,26 @@ class Chain:
         ):
             tile = ChainTile(m, n, 8 if m == 128 else 4, stages, block_k=k)
             registers = chain_tiles.registers_of(tile, rank=self.rank, element_bytes=2)
-            sram = chain_tiles.sram_bytes_of(tile, rank=self.rank, element_bytes=2)
-            if registers > chain_tiles.MAX_REGISTERS_16_BIT or sram > sram_bytes:
+            if registers > chain_tiles.MAX_REGISTERS_16_BIT:
                 continue
             # Half of, all and twice the multiprocessors at work.
             shares = {
                 chain_tiles.shared_out(tile, self.rows, self.width, programs).columns
                 for programs in (multiprocessors // 2, multiprocessors, 2 * multiprocessors)
             }
-            yield from (replace(tile, columns=columns) for columns in sorted(shares))
+            for columns in sorted(shares):
+                shared = replace(tile, columns=columns)
+                sram = chain_tiles.sram_bytes_of(
+                    shared, rank=self.rank, element_bytes=2, generation=generation_of(DEVICE)
+                )
+                if sram <= sram_bytes:
+                    yield shared
 
     def default(self, sram_bytes: int, multiprocessors: int) -> TileConfig | None:
         return chain_tiles.default_tile(
             rows=self.rows, rank=self.rank, out_size=self.width, element_bytes=2,
             sram_bytes=sram_bytes, multiprocessors=multiprocessors,
+            generation=generation_of(DEVICE),
         )  # fmt: skip
 
 
@@ -138,8 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=sorted(CASES))
     kind = parser.parse_args().kind
-    device = torch.device("cuda:0")
-    limits = sram_bytes_of_device(device, 0), multiprocessors_of_device(device, 0)
+    limits = sram_bytes_of_device(DEVICE, 0), multiprocessors_of_device(DEVICE, 0)
     fitting = {case: list(case.tiles(*limits)) for case in CASES[kind]}
     jobs = [(case, tile) for case, tiles in fitting.items() for tile in tiles]
     print(f"{len(jobs)} kernels", flush=True)

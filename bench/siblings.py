@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from flashsvd_compile.kernels.devices import sram_bytes_of_device
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.siblings import sibling_linears
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import (
@@ -145,8 +145,9 @@ def work_of(shape: Shape, dtype: torch.dtype = DTYPE) -> Work:
 
 def chosen_tile(shape: Shape) -> MatmulTile | None:
     return default_tile(
-        rows=shape.rows, widths=shape.widths, element_bytes=2, sram_bytes=_sram_bytes()
-    )
+        rows=shape.rows, widths=shape.widths, element_bytes=2, sram_bytes=_sram_bytes(),
+        generation=generation_of(torch.device("cuda")),
+    )  # fmt: skip
 
 
 def _sram_bytes() -> int:
@@ -173,7 +174,8 @@ def measure_tiles(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     fitting = [
         tile
         for tile in (*TILES, *TILES_FEW_ROWS, *MORE_TILES)
-        if sram_bytes_of(tile, 2) <= _sram_bytes() and (tile.block_m == 16) == few
+        if (tile.block_m == 16) == few
+        and sram_bytes_of(tile, 2, generation_of(torch.device("cuda"))) <= _sram_bytes()
     ]
     calls = {str(tile): partial(sibling_linears, of, tile=tile) for tile in fitting}
     times = median_ms({name: captured(call) for name, call in calls.items()}, rounds=rounds)

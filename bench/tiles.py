@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from flashsvd_compile.kernels import attention_tiles, feed_forward_tiles
+from flashsvd_compile.kernels import attention_extents, attention_tiles, feed_forward_tiles
 from flashsvd_compile.kernels.attention import rank_space_attention
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
@@ -59,9 +59,9 @@ class Attention:
     kernel = attention_tiles.KERNEL
 
     @property
-    def extents(self) -> attention_tiles.AttentionExtents:
+    def extents(self) -> attention_extents.AttentionExtents:
         shape, (rank_q, rank_k, rank_v) = self.shape, self.shape.ranks
-        return attention_tiles.AttentionExtents(
+        return attention_extents.AttentionExtents(
             head_dim_qk=shape.head_dim,
             head_dim_v=shape.head_dim,
             rank_q=rank_q,
@@ -109,7 +109,10 @@ class FeedForward:
         return feed_forward_tiles.traits_of(**self.extents)
 
     def can_run(self, tile: TileConfig, sram_bytes: int) -> bool:
-        return feed_forward_tiles.can_run(tile, sram_bytes=sram_bytes, **self.extents)
+        generation = generation_of(torch.device("cuda"))
+        return feed_forward_tiles.can_run(
+            tile, sram_bytes=sram_bytes, generation=generation, **self.extents
+        )
 
     def launch(self) -> Callable[..., Any]:
         def normal(*size: int) -> torch.Tensor:

@@ -2,20 +2,19 @@
 
 import torch
 import triton
-from flashsvd_compile.kernels.attention_kernel import rank_space_attention_kernel
-from flashsvd_compile.kernels.attention_operands import AttentionOperands
-from flashsvd_compile.kernels.attention_tiles import (
+from flashsvd_compile.kernels.attention_extents import (
     SWIZZLE_BYTES,
     AttentionExtents,
     common_width,
-    default_tile,
-    last_resort,
     lift_chunk,
     output_chunk,
+    power_of_two_in,
     rank_padded,
-    sram_bytes_of,
     widened,
 )
+from flashsvd_compile.kernels.attention_kernel import rank_space_attention_kernel
+from flashsvd_compile.kernels.attention_operands import AttentionOperands
+from flashsvd_compile.kernels.attention_tiles import default_tile, last_resort, sram_bytes_of
 from flashsvd_compile.kernels.checks import validate_output
 from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
@@ -87,8 +86,11 @@ def rank_space_attention(
             q_lifted=of.q_factor is not None,
             v_lifted=of.v_factor is not None,
             element_bytes=q.element_size(),
-            mask_bytes=0 if mask is None or mask.shape[2] == 1 else mask.element_size(),
+            k_lifted=of.k_factor is not None,
+            is_float16=q.dtype == torch.float16,
+            mask=_kind_of(mask),
             is_causal=of.is_causal,
+            keys_multiple=power_of_two_in(shape.keys) if isinstance(shape.keys, int) else None,
             generation=generation_of(q.device),
             is_describable=can_be_described,
         )

@@ -18,7 +18,11 @@ import triton
 import triton.language as tl
 from flashsvd_compile.kernels.chain_operands import ChainOperands
 from flashsvd_compile.kernels.chain_tiles import ChainTile, default_tile
-from flashsvd_compile.kernels.devices import multiprocessors_of_device, sram_bytes_of_device
+from flashsvd_compile.kernels.devices import (
+    generation_of,
+    multiprocessors_of_device,
+    sram_bytes_of_device,
+)
 from flashsvd_compile.kernels.feed_forward_tiles import rank_padded
 from flashsvd_compile.kernels.outer_products import latent_tile, lift_and_store
 from flashsvd_compile.kernels.primitives import (
@@ -116,6 +120,7 @@ def _default_tile(of: ChainOperands) -> ChainTile:
         element_bytes=of.x.element_size(),
         sram_bytes=sram_bytes,
         multiprocessors=multiprocessors_of_device(device, INTERPRETED_MULTIPROCESSORS),
+        generation=generation_of(device),
     )
     if tile is None:
         raise ValueError(

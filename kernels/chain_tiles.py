@@ -8,12 +8,20 @@ K · rank elements of U once more a program, from the second-level cache, and sa
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_RESIDENT_RANK,
     SRAM_SLACK_BYTES,
     rank_padded,
 )
+from flashsvd_compile.kernels.outer_sram import (
+    entry_buffers,
+    entry_warps,
+    exit_buffers,
+    latent_from,
+)
+from flashsvd_compile.kernels.shared_memory import Buffer, Matmuls, most_of, packed_bytes
 from flashsvd_compile.kernels.tiles import TileConfig
 
 
@@ -70,15 +78,28 @@ FEW_ROWS = 64
 MANY_ROWS = 16384
 
 
-def sram_bytes_of(tile: ChainTile, *, rank: int, element_bytes: int) -> int:
-    """Shared memory of one program: at least what the compiled kernel asks for.
+@cache
+def sram_bytes_of(tile: ChainTile, *, rank: int, element_bytes: int, generation: str = "") -> int:
+    """Shared memory of one program: what the compiled kernel asks for, or a little more.
 
-    The two loops follow one another and share it; each keeps its tiles ``num_stages`` times.
+    The two loops follow one another and share it. ``generation`` of the device; where that is not
+    known the most that it takes on any.
     """
-    m, stages, padded = tile.block_m, tile.num_stages, rank_padded(rank)
-    prologue = stages * tile.block_k * (m + padded)
-    epilogue = stages * tile.block_n * padded + m * (tile.block_n + padded)
-    return max(prologue, epilogue) * element_bytes + SRAM_SLACK_BYTES
+    most = most_of(generation, lambda name: _sram_bytes_of(tile, rank, element_bytes, name))
+    return most + SRAM_SLACK_BYTES
+
+
+def _sram_bytes_of(tile: ChainTile, rank: int, element_bytes: int, generation: str) -> int:
+    m, n, padded = tile.block_m, tile.block_n, rank_padded(rank)
+    matmuls = Matmuls(generation, element_bytes, m, tile.num_warps)
+    buffers = [
+        *entry_buffers(matmuls, (padded,), tile.block_k, tile.num_stages, at=0),
+        *exit_buffers(matmuls, rank, padded, n, tile.num_stages, at=2, steps=tile.columns // n),
+    ]
+    if not matmuls.hand_over(entry_warps(matmuls, (padded,)), matmuls.balanced(n)):
+        begin = latent_from(matmuls, tile.num_stages, 0)
+        buffers.append(Buffer(m * padded * element_bytes, begin, 4))  # the latent
+    return packed_bytes(buffers)
 
 
 def registers_of(tile: ChainTile, *, rank: int, element_bytes: int) -> int:
@@ -96,17 +117,19 @@ def default_tile(
     element_bytes: int,
     sram_bytes: int,
     multiprocessors: int,
+    generation: str = "",
 ) -> ChainTile | None:
     """The preferred tile that fits, its columns shared out for ``rows``; or None."""
     if rank > MAX_RANK:
         return None
-    for tile in _preferred(rows):
+    for preferred in tiles_for(rows):
+        tile = shared_out(preferred, rows, out_size, multiprocessors)
         limit = MAX_REGISTERS_16_BIT if element_bytes == 2 else MAX_REGISTERS_32_BIT
         registers = registers_of(tile, rank=rank, element_bytes=element_bytes)
-        sram = sram_bytes_of(tile, rank=rank, element_bytes=element_bytes)
+        sram = sram_bytes_of(tile, rank=rank, element_bytes=element_bytes, generation=generation)
         oversized = tile.block_n > rank_padded(out_size)
         if not oversized and registers <= limit and sram <= sram_bytes:
-            return shared_out(tile, rows, out_size, multiprocessors)
+            return tile
     return None
 
 
@@ -118,7 +141,8 @@ def shared_out(tile: ChainTile, rows: int, out_size: int, multiprocessors: int) 
     return replace(tile, columns=tile.block_n * -(-steps // column_programs))
 
 
-def _preferred(rows: int) -> Iterator[ChainTile]:
+def tiles_for(rows: int) -> Iterator[ChainTile]:
+    """In the order of preference; their columns are not shared out yet."""
     if rows >= MANY_ROWS:
         yield from _MANY_ROWS
     if rows > FEW_ROWS:

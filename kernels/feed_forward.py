@@ -19,13 +19,21 @@ written once, the factors read by every program, mostly from L2. On chip only: h
 float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf32``.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_stream import load_latent, stream_intermediate
-from flashsvd_compile.kernels.feed_forward_tiles import default_tile, rank_chunk, rank_padded
+from flashsvd_compile.kernels.feed_forward_tiles import (
+    Run,
+    default_tile,
+    rank_chunk,
+    rank_padded,
+    sram_bytes_of,
+)
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
@@ -88,15 +96,17 @@ def streamed_feed_forward(
     tile: TileConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """S [T, R_d], contiguous. Operands of any strides; ``tile`` defaults to `default_tile`."""
+    """S [T, R_d], contiguous. Operands of any strides; ``tile`` defaults to `default_tile`.
+
+    Where factors lie in memory otherwise than ``tile`` was chosen for, another may be taken.
+    """
     up, rank_gate = of.up, of.rank_gate
     if up.dtype not in KERNEL_DTYPES:
         raise ValueError(f"a streamed feed-forward takes {KERNEL_DTYPES}, not {up.dtype}")
     out = of.allocate_output(out)
-    if tile is None:
-        tile = _default_tile(of)
     if is_empty(out):
         return out
+    tile = _tile_that_fits(tile, of)
 
     operands = (
         *pointer_and_strides(up, up, 2),
@@ -133,17 +143,25 @@ def streamed_feed_forward(
     return out
 
 
-def _default_tile(of: FeedForwardOperands) -> TileConfig:
+def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileConfig:
+    """``tile``, which may have been chosen before it was known how factors lie, or the default."""
+    shape: dict[str, Any] = {
+        "rank_up": of.rank_up,
+        "rank_gate": of.rank_gate,
+        "rank_down": of.rank_down,
+        "intermediate_size": of.intermediate_size,
+        "element_bytes": of.up.element_size(),
+        "generation": generation_of(of.up.device),
+    }
+    factors = (of.up_factor, of.gate_factor, of.down_factor)
+    are_contiguous = all(x is None or x.is_contiguous() for x in factors)
+    if tile is not None and are_contiguous:
+        return tile
+    runs = None if are_contiguous else tuple(map(_run_of, factors))
     sram_bytes = sram_bytes_of_device(of.up.device, INTERPRETED_SRAM_BYTES)
-    tile = default_tile(
-        rank_up=of.rank_up,
-        rank_gate=of.rank_gate,
-        rank_down=of.rank_down,
-        intermediate_size=of.intermediate_size,
-        element_bytes=of.up.element_size(),
-        sram_bytes=sram_bytes,
-        generation=generation_of(of.up.device),
-    )
+    if tile is not None and sram_bytes_of(tile, **shape, runs=runs) <= sram_bytes:
+        return tile
+    tile = default_tile(**shape, runs=runs, sram_bytes=sram_bytes)
     if tile is None:
         raise ValueError(
             f"no tile of a streamed feed-forward fits {sram_bytes} bytes of shared memory at ranks "
@@ -151,3 +169,14 @@ def _default_tile(of: FeedForwardOperands) -> TileConfig:
             "blocks"
         )
     return tile
+
+
+def _run_of(factor: Tensor | None) -> Run:
+    """Where strides are not known, one that can be copied."""
+    if factor is None:
+        return Run(0, 0)
+    along = 1 if factor.stride(1) == 1 else 0
+    if factor.stride(along) != 1:
+        return Run(1, 1)
+    length, stride = factor.shape[along], factor.stride(1 - along)
+    return Run(length if isinstance(length, int) else 16, stride if isinstance(stride, int) else 16)

@@ -3,8 +3,17 @@
 `candidate_tiles` are those of an ordered list that fit the shared memory and the registers.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
+from flashsvd_compile.kernels.shared_memory import (
+    Buffer,
+    Matmuls,
+    most_of,
+    own_rows,
+    packed_bytes,
+)
 from flashsvd_compile.kernels.tile_tables import Candidates, candidates
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -64,34 +73,105 @@ def rank_chunk(rank: int) -> int:
     return padded if padded <= MAX_RESIDENT_RANK else STREAMED_CHUNK
 
 
-def sram_bytes_of(
-    tile: TileConfig, *, rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int
-) -> int:
-    """Shared memory of one program: at least what the compiled kernel asks for.
+class Run(NamedTuple):
+    """How a factor lies in memory: ``length`` elements side by side, each run ``stride`` from the
+    one before."""
 
-    Resident latent tiles once, and each factor's tile ``num_stages`` times. On Hopper's tensor
-    cores in 16 bits that is exact but for the slack; older ones and exact float32 keep one stage
-    less, and ask for as little as 0.6 of it.
+    length: int
+    stride: int
+
+
+@cache
+def sram_bytes_of(
+    tile: TileConfig,
+    *,
+    rank_up: int,
+    rank_gate: int | None,
+    rank_down: int,
+    intermediate_size: int,
+    element_bytes: int,
+    generation: str = "",
+    runs: tuple[Run, Run, Run] | None = None,
+) -> int:
+    """Shared memory of one program: what the compiled kernel asks for, or a little more.
+
+    ``runs`` of the factors of up, gate and down; by default those of contiguous ones.
+    ``generation`` of the device; where that is not known the most that it takes on any.
     """
-    m, n, stages = tile.block_m, tile.block_n, tile.num_stages
-    resident = 0
-    factors = n * rank_padded(rank_down)
-    chunks = 0
-    for rank in (rank_up, rank_gate):
-        if rank is None:
-            continue
-        chunk = rank_chunk(rank)
-        if rank <= chunk:
-            resident += m * chunk
-            factors += n * chunk
-        else:
-            chunks = max(chunks, (m + n) * chunk)
+    lengths = (rank_up, rank_gate or 0, intermediate_size)
+    laid_out = runs or tuple(Run(length, length) for length in lengths)
+    most = most_of(
+        generation,
+        lambda name: _sram_bytes_of(
+            tile, (rank_up, rank_gate), rank_down, laid_out,
+            Matmuls(name, element_bytes, tile.block_m, tile.num_warps),
+        ),
+    )  # fmt: skip
+    return most + SRAM_SLACK_BYTES
+
+
+def _sram_bytes_of(
+    tile: TileConfig,
+    lifted: tuple[int, int | None],
+    rank_down: int,
+    runs: Sequence[Run],
+    matmuls: Matmuls,
+) -> int:
+    m, n = tile.block_m, tile.block_n
+    arms = [(r, rank_chunk(r), run) for r, run in zip(lifted, runs, strict=False) if r is not None]
     # Loops over chunks are the innermost ones, and only those have stages.
-    elements = resident + (factors + stages * chunks if chunks else stages * factors)
-    if element_bytes == 4:
-        # Exact float32 passes h to its second matmul through shared memory.
-        elements = max(elements, resident + max(stages - 1, 1) * factors + m * n)
-    return elements * element_bytes + SRAM_SLACK_BYTES
+    has_chunks = any(rank > chunk for rank, chunk, _ in arms)
+    ahead = matmuls.tiles_ahead(tile.num_stages)
+
+    def copies(run: Run, elements: int) -> int:
+        """Buffers of a tile. Where the kernel is compiled only those strides are known that are
+        multiples of 16, and a run's end cuts what is copied at once."""
+        known = min(16, run.length & -run.length) if run.stride % 16 == 0 else 1
+        return ahead if matmuls.can_copy(known * matmuls.element_bytes, elements) else 0
+
+    buffers = []
+    for at, (rank, chunk, run) in enumerate(arms, start=_LIFTS):
+        up_to = copies(run, n * chunk)
+        if rank > chunk:
+            # The latent is contiguous, or its rows begin where they may be copied as well.
+            for x in (m, n):
+                buffers.append(Buffer(max(1, up_to) * x * chunk, at, at + 1))
+            continue
+        buffers.append(Buffer(m * chunk, 0, _END))  # the latent
+        if has_chunks or not up_to:
+            buffers.append(Buffer(n * chunk, at, at + 1))
+        else:
+            buffers.append(Buffer(up_to * n * chunk, _LOOP, _END))
+    padded = rank_padded(rank_down)
+    up_to = copies(runs[-1], n * padded)
+    if has_chunks or not up_to:
+        buffers.append(Buffer(n * padded, _DOWN, _DOWN + 1))
+    else:
+        buffers.append(Buffer(up_to * n * padded, _LOOP, _END))
+    if not _is_hidden_in_registers(matmuls, padded, has_chunks):
+        buffers.append(Buffer(m * n, _DOWN, _DOWN + 1))
+    is_chained = any(rank <= chunk for rank, chunk, _ in arms)
+    warps = matmuls.chained(padded) if is_chained else matmuls.balanced(padded)
+    buffers.append(Buffer(matmuls.scratch(padded, warps), _STORE, _STORE + 1))
+    return packed_bytes(b._replace(size=b.size * matmuls.element_bytes) for b in buffers)
+
+
+# Moments of a program: the loop, in it the lifts of up and gate and the product with the down
+# factor, its end, and S on its way to memory.
+_LOOP, _LIFTS, _DOWN, _END, _STORE = 1, 2, 4, 6, 7
+
+
+def _is_hidden_in_registers(matmuls: Matmuls, padded_down: int, has_chunks: bool) -> bool:
+    """Whether h goes from its matmul into the next without passing through shared memory.
+
+    Warpgroups and warps that have rows of their own hand it over. What is lifted in a loop of
+    chunks does not know what follows: there only full warpgroups do.
+    """
+    if matmuls.are_exact:
+        return False
+    if has_chunks:
+        return matmuls.fill_warpgroups
+    return matmuls.are_warpgroups or own_rows(matmuls.chained(padded_down))
 
 
 def accumulators_of(tile: TileConfig, *, gated: bool, rank_down: int) -> int:
@@ -101,7 +181,7 @@ def accumulators_of(tile: TileConfig, *, gated: bool, rank_down: int) -> int:
 
 
 def traits_of(
-    *, rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int, **_: int
+    *, rank_up: int, rank_gate: int | None, rank_down: int, element_bytes: int, **_: Any
 ) -> dict[str, int | bool]:
     """What the tables distinguish calls by."""
     return {
@@ -140,6 +220,7 @@ def can_run(
     element_bytes: int,
     sram_bytes: int,
     generation: str = "",
+    runs: tuple[Run, Run, Run] | None = None,
 ) -> bool:
     """Whether it fits ``sram_bytes`` of shared memory a block and the registers, and is no wider
     than the intermediate size."""
@@ -148,7 +229,10 @@ def can_run(
         rank_up=rank_up,
         rank_gate=rank_gate,
         rank_down=rank_down,
+        intermediate_size=intermediate_size,
         element_bytes=element_bytes,
+        generation=generation,
+        runs=runs,
     )
     ranks = (rank_up, rank_gate or 0, rank_down)
     limit = MAX_ACCUMULATORS_16_BIT if element_bytes == 2 else MAX_ACCUMULATORS_32_BIT

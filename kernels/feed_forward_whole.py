@@ -23,7 +23,7 @@ float32 multiplies exactly ("ieee") unless ``torch.backends.cuda.matmul.allow_tf
 import torch
 import triton
 import triton.language as tl
-from flashsvd_compile.kernels.devices import sram_bytes_of_device
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.feed_forward_stream import stream_intermediate
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_whole_tiles import (
@@ -201,6 +201,7 @@ def _default_tile(of: WholeFeedForwardOperands) -> WholeTile:
         intermediate_size=of.intermediate_size,
         gate_from=of.gate_from,
         element_bytes=of.x.element_size(),
+        generation=generation_of(of.x.device),
     )
     tile = default_tile(extents, sram_bytes)
     if tile is None:

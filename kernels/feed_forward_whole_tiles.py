@@ -3,12 +3,27 @@
 `default_tile` takes the first of an ordered list that fits the shared memory and the registers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_RESIDENT_RANK,
     SRAM_SLACK_BYTES,
     rank_padded,
+)
+from flashsvd_compile.kernels.outer_sram import (
+    entry_buffers,
+    entry_warps,
+    exit_buffers,
+    latent_from,
+)
+from flashsvd_compile.kernels.shared_memory import (
+    Buffer,
+    Matmuls,
+    most_of,
+    own_rows,
+    packed_bytes,
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -24,7 +39,8 @@ class WholeTile(TileConfig):
 
 @dataclass(frozen=True)
 class WholeExtents:
-    """What the choice of a tile depends on; ``gate_from`` as `WholeFeedForwardOperands` has it."""
+    """What the choice of a tile depends on; ``gate_from`` as `WholeFeedForwardOperands` has it;
+    ``generation`` of the device, as ``"sm_90"``."""
 
     rank_up: int
     rank_gate: int | None
@@ -32,6 +48,7 @@ class WholeExtents:
     intermediate_size: int
     gate_from: str
     element_bytes: int
+    generation: str = ""
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -87,17 +104,60 @@ TILES_32_BIT = (
 )
 
 
+@cache
 def sram_bytes_of(tile: WholeTile, of: WholeExtents) -> int:
-    """Shared memory of one program: at least what the compiled kernel asks for.
+    """Shared memory of one program: what the compiled kernel asks for, or a little more.
 
-    The three loops follow one another and share it; each keeps its tiles ``num_stages`` times.
+    The three loops follow one another and share it.
     """
-    m, stages = tile.block_m, tile.num_stages
-    latents, rank_down = sum(of.latents), rank_padded(of.rank_down)
-    prologue = stages * tile.block_k * (m + latents)
-    middle = stages * tile.block_n * (sum(of.lifts) + rank_down) + m * latents
-    epilogue = stages * tile.block_o * rank_down + m * (tile.block_o + rank_down)
-    return max(prologue, middle, epilogue) * of.element_bytes + SRAM_SLACK_BYTES
+    most = most_of(of.generation, lambda name: packed_bytes(_buffers(tile, of, name)))
+    return most + SRAM_SLACK_BYTES
+
+
+# Moments of a program: the latents, of up and of the gate; the loop over h, in it the lifts of up
+# and gate and the product with the down factor, its end; S, and its lift.
+_ENTRIES, _LOOP, _LIFTS, _DOWN, _END, _EXIT = 0, 4, 5, 7, 9, 10
+
+
+def _buffers(tile: WholeTile, of: WholeExtents, generation: str) -> Iterator[Buffer]:
+    m, n, size = tile.block_m, tile.block_n, of.element_bytes
+    matmuls = Matmuls(generation, size, m, tile.num_warps)
+    ahead = matmuls.tiles_ahead(tile.num_stages)
+    padded_down = rank_padded(of.rank_down)
+    middle = matmuls.chained(padded_down)
+
+    # The gate's latent of the same x is made in the same loop, of another in a second one.
+    together = [of.latents] if of.gate_from == "x" else [(rank,) for rank in of.latents]
+    for at, padded in enumerate(together, start=_ENTRIES):
+        yield from entry_buffers(matmuls, padded, tile.block_k, tile.num_stages, at)
+        if not matmuls.hand_over(entry_warps(matmuls, padded), middle):
+            begin = latent_from(matmuls, tile.num_stages, at)
+            for latent in padded:
+                yield Buffer(m * latent * size, begin, _END)
+
+    ranks = (of.rank_up, of.rank_gate) if of.rank_gate is not None else (of.rank_up,)
+    factors = [(rank, rank_padded(rank)) for rank in ranks]
+    for at, (row, padded) in enumerate(factors, start=_LIFTS):
+        yield _factor(matmuls, row, n * padded, ahead, at)
+    yield _factor(matmuls, of.intermediate_size, n * padded_down, ahead, _DOWN)
+    if matmuls.are_exact or not (matmuls.are_warpgroups or own_rows(middle)):
+        yield Buffer(m * n * size, _DOWN, _DOWN + 1)  # h
+
+    # Of y are more columns than one step stores.
+    yield from exit_buffers(
+        matmuls, of.rank_down, padded_down, tile.block_o, tile.num_stages, _EXIT, steps=2
+    )
+    if not matmuls.hand_over(middle, matmuls.balanced(tile.block_o)):
+        begin = latent_from(matmuls, tile.num_stages, _END - 1)
+        yield Buffer(m * padded_down * size, begin, _EXIT + 2)  # S
+
+
+def _factor(matmuls: Matmuls, row: int, elements: int, ahead: int, at: int) -> Buffer:
+    """A tile of a factor whose rows have ``row`` elements: copied ahead or loaded at ``at``."""
+    size = matmuls.element_bytes
+    if ahead and matmuls.can_copy(row * size, elements):
+        return Buffer(ahead * elements * size, _LOOP, _END)
+    return Buffer(elements * size, at, at + 1)
 
 
 def registers_of(tile: WholeTile, of: WholeExtents) -> int:

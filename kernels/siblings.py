@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from flashsvd_compile.kernels.devices import sram_bytes_of_device
+from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
@@ -238,6 +238,7 @@ def _default_tile(of: SiblingOperands) -> MatmulTile:
         widths=of.widths,
         element_bytes=of.x.element_size(),
         sram_bytes=sram_bytes,
+        generation=generation_of(of.x.device),
     )
     if tile is None:
         raise ValueError(f"no tile of sibling linears fits {sram_bytes} bytes of shared memory")

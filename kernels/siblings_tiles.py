@@ -5,7 +5,9 @@ Imports no Triton.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+from flashsvd_compile.kernels.shared_memory import Matmuls, most_of
 from flashsvd_compile.kernels.tiles import TileConfig
 
 # Siblings of one launch: each has arguments of its own in the kernel's signature. Attention has
@@ -64,13 +66,22 @@ TILES_32_BIT = (
 )
 
 
-def sram_bytes_of(tile: MatmulTile, element_bytes: int) -> int:
-    """Shared memory of one program: the tiles of x and of a weight, once a stage.
+@cache
+def sram_bytes_of(tile: MatmulTile, element_bytes: int, generation: str = "") -> int:
+    """Shared memory of one program: the tiles of x and of a weight, as often as they are ahead.
 
     The output's tile passes through it too, on its way to memory, after the last stage.
+    ``generation`` of the device; where that is not known the most that it takes on any.
     """
-    stages = (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
-    return max(stages, tile.block_m * tile.block_n) * element_bytes + SRAM_SLACK_BYTES
+    most = most_of(generation, lambda name: _sram_bytes_of(tile, element_bytes, name))
+    return most + SRAM_SLACK_BYTES
+
+
+def _sram_bytes_of(tile: MatmulTile, element_bytes: int, generation: str) -> int:
+    matmuls = Matmuls(generation, element_bytes, tile.block_m, tile.num_warps)
+    n, ahead = tile.block_n, max(1, matmuls.tiles_ahead(tile.num_stages))
+    stages = ahead * (tile.block_m + n) * tile.block_k
+    return max(stages, matmuls.scratch(n, matmuls.balanced(n))) * element_bytes
 
 
 def programs_of(tile: MatmulTile, rows: int, widths: Sequence[int]) -> int:
@@ -79,13 +90,18 @@ def programs_of(tile: MatmulTile, rows: int, widths: Sequence[int]) -> int:
 
 
 def default_tile(
-    *, rows: int, widths: Sequence[int], element_bytes: int, sram_bytes: int
+    *,
+    rows: int,
+    widths: Sequence[int],
+    element_bytes: int,
+    sram_bytes: int,
+    generation: str = "",
 ) -> MatmulTile | None:
     """The largest tile that fits the shared memory and fills the device; None if none fits."""
     fitting = [
         tile
         for tile in _preferred(rows, element_bytes)
-        if sram_bytes_of(tile, element_bytes) <= sram_bytes
+        if sram_bytes_of(tile, element_bytes, generation) <= sram_bytes
     ]
     filling = [t for t in fitting if programs_of(t, rows, widths) >= FILLING_PROGRAMS]
     return next(iter(filling or fitting[-1:]), None)

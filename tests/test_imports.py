@@ -75,7 +75,8 @@ ARROWS = {
     "analysis": ["analysis", "reason", "kernels.activations", "kernels.siblings_tiles"],
     "planner": [
         "planner", "analysis", "reason", "options",
-        "kernels.attention_tiles", "kernels.chain_tiles", "kernels.feed_forward_tiles",
+        "kernels.attention_extents", "kernels.attention_tiles", "kernels.chain_tiles",
+        "kernels.feed_forward_tiles",
         "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
         "kernels.feed_forward_blocks", "kernels.siblings_tiles", "kernels.tiles",
         "kernels.tile_tables", "kernels.devices",

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 
-from flashsvd_compile.analysis.axes import Size
+import torch
+
+from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import AttentionSite
-from flashsvd_compile.kernels import attention_tiles
+from flashsvd_compile.kernels import attention_extents, attention_tiles
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
@@ -79,8 +81,8 @@ def _attention_tiling(
         return None
     if (problem := check_dtype(site)) is not None:
         return problem
-    query, key, value = site.query, site.key, site.value
-    extents = attention_tiles.AttentionExtents(
+    query, key, value, keys = site.query, site.key, site.value, volume(site.keys)
+    extents = attention_extents.AttentionExtents(
         head_dim_qk=query.width_size,
         head_dim_v=value.width_size,
         rank_q=query.rank_size,
@@ -89,8 +91,11 @@ def _attention_tiling(
         q_lifted=query.factor is not None,
         v_lifted=value.factor is not None,
         element_bytes=site.dtype.itemsize,
-        mask_bytes=attention_tiles.MASK_BYTES if site.masks else 0,
+        k_lifted=key.factor is not None,
+        is_float16=site.dtype == torch.float16,
+        mask="any" if site.masks else "none",  # of what kind is seen when it is lowered
         is_causal=site.is_causal,
+        keys_multiple=attention_extents.power_of_two_in(int(keys)) if keys.is_number else None,
         generation=device.generation,
     )
     sram = sram_limit(device, options)
@@ -99,7 +104,7 @@ def _attention_tiling(
     # How operands will lie in memory is not known yet: the launcher must find a tile in any case.
     if (
         tiling is None
-        or attention_tiles.last_resort(attention_tiles.widened(extents), sram) is None
+        or attention_tiles.last_resort(attention_extents.widened(extents), sram) is None
     ):
         ranks = f"ranks {query.rank_size}, {key.rank_size}, {value.rank_size}"
         return reason_at(site.node, Code.SRAM, f"no tile for {ranks}", f"{sram} bytes")

@@ -52,11 +52,14 @@ def _streamed_chain(
         element_bytes=element,
         sram_bytes=sram,
         multiprocessors=device.multiprocessors,
+        generation=device.generation,
     )
     if tile is None:
         return reason_at(site.node, Code.SRAM, f"no tile for rank {site.rank}", f"{sram} bytes")
     reason = reason_at(site.node, Code.PLANNED, "the latent stays on chip")
-    used = chain_tiles.sram_bytes_of(tile, rank=site.rank, element_bytes=element)
+    used = chain_tiles.sram_bytes_of(
+        tile, rank=site.rank, element_bytes=element, generation=device.generation
+    )
     return Plan(site, "streamed", reason, unfused_bytes=rows * site.rank * element,
                 tiling=only_tile(tile, used, sram))  # fmt: skip
 

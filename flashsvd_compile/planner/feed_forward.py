@@ -57,13 +57,12 @@ def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan |
         "rank_up": site.up.rank_size,
         "rank_gate": site.gate.rank_size if site.gate else None,
         "rank_down": int(volume(site.out)),
+        "intermediate_size": int(volume(site.width)),
         "element_bytes": site.dtype.itemsize,
+        "generation": device.generation,
     }
     sram = sram_limit(device, options)
-    width = int(volume(site.width))
-    found = feed_forward_tiles.candidate_tiles(
-        **shape, intermediate_size=width, sram_bytes=sram, generation=device.generation
-    )
+    found = feed_forward_tiles.candidate_tiles(**shape, sram_bytes=sram)
     tiling = tiling_of(found, lambda tile: feed_forward_tiles.sram_bytes_of(tile, **shape), sram)
     if tiling is None:
         ranks = f"ranks {shape['rank_up']} in, {shape['rank_down']} out"
@@ -86,6 +85,7 @@ def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> 
         intermediate_size=int(volume(site.width)),
         gate_from=site.gate_from,
         element_bytes=site.dtype.itemsize,
+        generation=device.generation,
     )
     sram = sram_limit(device, options)
     tile = feed_forward_whole_tiles.default_tile(extents, sram)
@@ -100,8 +100,9 @@ def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> 
 def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
     width, element = int(volume(site.width)), site.dtype.itemsize
     arms = [site.up] if site.gate is None else [site.up, site.gate]
+    ranks = [arm.rank_size for arm in arms]
     tile = lifted_activation_tiles.default_tile(
-        [arm.rank_size for arm in arms],
+        ranks,
         element_bytes=element,
         generation=device.generation,
         sram_bytes=(sram := sram_limit(device, options)),
@@ -116,5 +117,5 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
     tiling = None
     if tile is not None:
-        tiling = only_tile(tile, lifted_activation_tiles.sram_bytes_of(tile), sram)
+        tiling = only_tile(tile, lifted_activation_tiles.sram_bytes_of(tile, ranks), sram)
     return Plan(site, "row_blocks", reason, held, tiling=tiling, block_rows=rows)

@@ -44,10 +44,13 @@ def plan_siblings(
         return Plan(site, "merged", reason)
     element = site.dtype.itemsize
     sram = sram_limit(device, options)
-    tile = default_tile(rows=rows, widths=site.widths, element_bytes=element, sram_bytes=sram)
+    tile = default_tile(
+        rows=rows, widths=site.widths, element_bytes=element, sram_bytes=sram,
+        generation=device.generation,
+    )  # fmt: skip
     if tile is None:
         return Plan(site, "unfused", reason_at(site.node, Code.SRAM, "no tile", f"{sram} bytes"))
-    used = sram_bytes_of(tile, element)
+    used = sram_bytes_of(tile, element, device.generation)
     return Plan(site, "merged", reason, tiling=only_tile(tile, used, sram))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
+from flashsvd_compile.kernels.devices import generation_of
 from flashsvd_compile.kernels.feed_forward import _feed_forward_kernel, streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
@@ -229,7 +230,9 @@ def test_shared_memory_is_foreseen(tile, rank, rank_gate, rank_down, dtype):
         rank_up=rank,
         rank_gate=rank_gate,
         rank_down=rank_down,
+        intermediate_size=176,
         element_bytes=dtype.itemsize,
+        generation=generation_of(torch.device("cuda:0")),
     )
     assert compiled
     assert max(compiled.values()) <= foreseen

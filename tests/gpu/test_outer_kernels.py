@@ -10,6 +10,7 @@ from flashsvd_compile.kernels.chain import chain_kernel, streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
 from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.chain_tiles import sram_bytes_of as chain_sram_bytes_of
+from flashsvd_compile.kernels.devices import generation_of
 from flashsvd_compile.kernels.feed_forward_whole import (
     streamed_whole_feed_forward,
     whole_feed_forward_kernel,
@@ -33,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+DEVICE = torch.device("cuda:0")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GATES = ["none", "latent", "x", "own"]
 
@@ -241,7 +243,15 @@ def newly_compiled(kernel, call) -> list[int]:
 def test_shared_memory_of_a_feed_forward_is_foreseen(tile, gate):
     operands = whole_operands(64, 37, 64, torch.bfloat16, gate=gate, rank_gate=48)
     of = WholeFeedForwardOperands(**operands, activation="relu")
-    extents = WholeExtents(37, of.rank_gate, 64, of.intermediate_size, of.gate_from, 2)
+    extents = WholeExtents(
+        37,
+        of.rank_gate,
+        64,
+        of.intermediate_size,
+        of.gate_from,
+        2,
+        generation_of(DEVICE),
+    )  # fmt: skip
     compiled = newly_compiled(
         whole_feed_forward_kernel, lambda: streamed_whole_feed_forward(of, tile=tile)
     )
@@ -255,7 +265,9 @@ def test_shared_memory_of_a_chain_is_foreseen(tile, rank):
     of = ChainOperands(**chain_operands(64, 300, rank, 200, torch.bfloat16))
     compiled = newly_compiled(chain_kernel, lambda: streamed_chain(of, tile=tile))
     assert compiled
-    assert max(compiled) <= chain_sram_bytes_of(tile, rank=rank, element_bytes=2)
+    assert max(compiled) <= chain_sram_bytes_of(
+        tile, rank=rank, element_bytes=2, generation=generation_of(DEVICE)
+    )
 
 
 # ---- the public door ----------------------------------------------------------------------------

@@ -25,34 +25,19 @@ import torch
 import triton
 from flashsvd_compile.kernels import (
     attention,
+    attention_extents,
     attention_tiles,
     feed_forward,
     feed_forward_tiles,
 )
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
-from flashsvd_compile.kernels.primitives import Described
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
+
+from bench.ahead import compiled as compiled_by
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class Driver:
-    """What Triton asks of a driver in order to compile."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # so that each target has kernels of its own
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -64,10 +49,11 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
     dtype = getattr(torch, case["dtype"])
     rows, mask = case.get("rows", 200), case.get("mask", "none")
     ranks, (head_dim, head_dim_v) = case["ranks"], case["head_dims"]
-    of = attention_tiles.AttentionExtents(
+    of = attention_extents.AttentionExtents(
         head_dim, head_dim_v, *ranks, True, True, dtype.itemsize,
-        mask_bytes=0 if mask == "none" else attention_tiles.MASK_BYTES,
+        is_float16=case["dtype"] == "float16", mask="none" if mask == "none" else "any",
         is_causal=case.get("is_causal", False), generation=case["generation"],
+        keys_multiple=attention_extents.power_of_two_in(rows),
     )  # fmt: skip
     tile = attention_tiles.default_tile(of, sram_bytes)
     if tile is None:
@@ -95,11 +81,10 @@ def launch_feed_forward(case: dict[str, Any], sram_bytes: int) -> tuple[TileConf
     rank, gate, rank_down = case["ranks"]
     width, rows = case.get("intermediate_size", 400), case.get("rows", 200)
     shape = {
-        "rank_up": rank, "rank_gate": gate, "rank_down": rank_down, "element_bytes": dtype.itemsize,
+        "rank_up": rank, "rank_gate": gate, "rank_down": rank_down, "intermediate_size": width,
+        "element_bytes": dtype.itemsize, "generation": case["generation"],
     }  # fmt: skip
-    tile = feed_forward_tiles.default_tile(
-        **shape, intermediate_size=width, sram_bytes=sram_bytes, generation=case["generation"]
-    )
+    tile = feed_forward_tiles.default_tile(**shape, sram_bytes=sram_bytes)
     if tile is None:
         return None, 0
     gated = {}
@@ -117,27 +102,25 @@ def launch_feed_forward(case: dict[str, Any], sram_bytes: int) -> tuple[TileConf
     return tile, feed_forward_tiles.sram_bytes_of(tile, **shape)
 
 
-LAUNCHES = {"attention": launch_attention, "feed_forward": launch_feed_forward}
+LAUNCHES = {
+    "attention": (attention, launch_attention),
+    "feed_forward": (feed_forward, launch_feed_forward),
+}
 
 
 def compiled(case: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    found: list[tuple[TileConfig, Any]] = []
-
-    def compile_only(kernel: Any, grid: Any, tile: TileConfig, operands: Any, **constants: Any):
-        constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "INTERPRETED": False}
-        constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        constants["maxnreg"] = tile.max_registers or None
-        operands = [x.descriptor() if isinstance(x, Described) else x for x in operands]
-        found.append((tile, kernel.warmup(*operands, grid=grid, **constants)))
-
     sram_bytes = case["sram_kib"] * 1024
-    triton.runtime.driver.set_active(Driver(int(case["generation"].removeprefix("sm_"))))
-    for module in (attention, feed_forward):
-        module.launch = compile_only  # type: ignore[attr-defined]
-        module.sram_bytes_of_device = lambda device, otherwise: sram_bytes  # type: ignore
-        module.generation_of = lambda device: case["generation"]  # type: ignore[attr-defined]
-    planned, foreseen = LAUNCHES[case["kernel"]](case, sram_bytes)
+    module, launch = LAUNCHES[case["kernel"]]
+    module.sram_bytes_of_device = lambda device, otherwise: sram_bytes  # type: ignore
+    module.generation_of = lambda device: case["generation"]  # type: ignore[attr-defined]
+    planned, foreseen = None, 0
+
+    def run() -> None:
+        nonlocal planned, foreseen
+        planned, foreseen = launch(case, sram_bytes)
+
+    found = compiled_by(module, case["generation"], run)
     if not found:
         return case | {"tile": None}
     ((tile, kernel),) = found

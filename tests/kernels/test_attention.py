@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels import attention
 from flashsvd_compile.kernels.attention import rank_space_attention
+from flashsvd_compile.kernels.attention_extents import AttentionExtents, widened
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
-from flashsvd_compile.kernels.attention_tiles import AttentionExtents, sram_bytes_of, widened
+from flashsvd_compile.kernels.attention_sram import sram_bytes_of
 from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import launch
 from flashsvd_compile.kernels.tiles import TileConfig

@@ -5,17 +5,19 @@ import sys
 from dataclasses import replace
 
 import pytest
-from flashsvd_compile.kernels.attention_tiles import (
+from flashsvd_compile.kernels.attention_extents import (
     AttentionExtents,
-    candidate_tiles,
     common_width,
+    lift_chunk,
+    rank_padded,
+    widened,
+)
+from flashsvd_compile.kernels.attention_sram import sram_bytes_of
+from flashsvd_compile.kernels.attention_tiles import (
+    candidate_tiles,
     default_tile,
     last_resort,
-    lift_chunk,
     query_accumulators_of,
-    rank_padded,
-    sram_bytes_of,
-    widened,
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -57,7 +59,7 @@ def test_ranks_of_one_call_are_padded_alike_up_to_the_swizzle():
 @pytest.mark.parametrize("rank", [8, 32, 40, 64, 96, 128])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_every_budget_has_a_tile_within_it(rank, sram_kib, element_bytes):
-    case = of_rank(rank, element_bytes=element_bytes, mask_bytes=4)
+    case = of_rank(rank, element_bytes=element_bytes, mask="any")
     if (rank, element_bytes, sram_kib) in {(96, 4, 48), (128, 4, 48), (96, 4, 64), (128, 4, 64)}:
         pytest.skip("a chunk of V_v alone takes it")
     tiles = candidate_tiles(case, sram_kib * KIB).tiles
@@ -106,31 +108,16 @@ def test_nothing_fits_a_rank_too_large():
     assert default_tile(of_rank(512), 48 * KIB) is None
 
 
-def test_a_mask_with_rows_takes_its_tile():
+def test_a_mask_takes_its_tile():
     tile = TileConfig(64, 64, 4, 3)
-    without = sram_bytes_of(tile, BERT)
-    assert sram_bytes_of(tile, replace(BERT, mask_bytes=4)) == without + 64 * 64 * 4 * 3
-    assert sram_bytes_of(tile, replace(BERT, mask_bytes=1)) == without + 64 * 64 * 3
-
-
-# `metadata.shared` of kernels compiled for sm_90 with triton 3.9.0, 2026-11-25.
-COMPILED = [
-    (BERT, TileConfig(128, 32, 4, 4), 18432),
-    (of_rank(40), TileConfig(128, 32, 4, 4), 36864),
-    (of_rank(40), TileConfig(64, 64, 4, 3), 49152),
-    (of_rank(64), TileConfig(128, 64, 8, 3), 49152),
-    (replace(BERT, mask_bytes=4), TileConfig(64, 64, 4, 3), 32768),
-    (replace(BERT, mask_bytes=1), TileConfig(64, 64, 4, 3), 32768),
-    (replace(BERT, element_bytes=4), TileConfig(64, 64, 4, 3), 57344),
-    (of_rank(40, element_bytes=4), TileConfig(128, 64, 8, 3), 131072),
-    (of_rank(40, element_bytes=4), TileConfig(64, 32, 4, 2), 57344),
-]
-
-
-@pytest.mark.parametrize(("case", "tile", "compiled"), COMPILED)
-def test_predicts_at_least_what_the_compiler_takes(case, tile, compiled):
-    # Whether a mask's tile is loaded ahead, once a stage, depends on how the mask lies in memory.
-    assert compiled <= sram_bytes_of(tile, case) <= (2.5 if case.mask_bytes else 1.7) * compiled
+    without, rows, added, scanned = (
+        sram_bytes_of(tile, replace(BERT, mask=mask, keys_multiple=64))
+        for mask in ("none", "rows", "added", "scanned")
+    )
+    assert rows == without + 64 * 64 * 2  # copied two tiles ahead
+    assert added == without + 64 * 64 * 4  # changes its layout
+    assert scanned == without
+    assert sram_bytes_of(tile, replace(BERT, mask="any")) == max(rows, added)
 
 
 def test_is_data_that_imports_no_triton():
@@ -160,7 +147,7 @@ GENERATIONS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", ""]
 @pytest.mark.parametrize("rank_k", [257, 300, 512])
 def test_keys_that_no_registers_hold_are_refused(rank_k, generation):
     """As with ranks 257, 257 and 1, whose program spilled 290 registers."""
-    case = replace(of_rank(rank_k, generation=generation), rank_v=1, head_dim_v=256, mask_bytes=4)
+    case = replace(of_rank(rank_k, generation=generation), rank_v=1, head_dim_v=256, mask="any")
     assert candidate_tiles(case, 227 * KIB).tiles == ()
 
 
@@ -185,5 +172,5 @@ def test_what_registers_do_not_hold_runs_as_a_last_resort():
 
 def test_widened_operands_are_padded_to_a_row_of_the_swizzle():
     case = replace(BERT, rank_q=8, rank_k=40, rank_v=200)
-    assert widened(case) == replace(case, rank_q=64, rank_k=64, rank_v=200)
+    assert widened(case) == replace(case, rank_q=64, rank_k=64, rank_v=200, is_widened=True)
     assert widened(replace(case, element_bytes=4)).rank_q == 32

@@ -5,6 +5,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
     MAX_ACCUMULATORS_16_BIT,
     MAX_RESIDENT_RANK,
     STREAMED_CHUNK,
+    Run,
     accumulators_of,
     candidate_tiles,
     default_tile,
@@ -37,8 +38,9 @@ def test_sram_bytes_of_a_tile_read_off_a_compiled_kernel():
         (TileConfig(64, 64, 4, 3), 128, 114688),
         (TileConfig(128, 64, 8, 2), 240, 196608),
     ):
-        ranks = {"rank_up": rank, "rank_gate": None, "rank_down": rank}
-        assert 0 <= sram_bytes_of(tile, element_bytes=2, **ranks) - compiled <= 256
+        shape = {"rank_up": rank, "rank_gate": None, "rank_down": rank}
+        shape |= {"intermediate_size": 3072, "element_bytes": 2}
+        assert 0 <= sram_bytes_of(tile, **shape, generation="sm_90") - compiled <= 256
 
 
 @pytest.mark.parametrize("sram_kib", [48, 64, 99, 164, 227])
@@ -47,8 +49,8 @@ def test_sram_bytes_of_a_tile_read_off_a_compiled_kernel():
 @pytest.mark.parametrize("rank", [1, 16, 37, 64, 96, 128, 240, 256])
 def test_default_tile_fits(rank, gated, element_bytes, sram_kib):
     ranks = {"rank_up": rank, "rank_gate": rank if gated else None, "rank_down": rank}
-    ranks["element_bytes"] = element_bytes
-    tile = default_tile(intermediate_size=3072, sram_bytes=sram_kib * KIB, **ranks)
+    ranks |= {"element_bytes": element_bytes, "intermediate_size": 3072}
+    tile = default_tile(sram_bytes=sram_kib * KIB, **ranks)
     if tile is None:
         assert rank >= 128
         return
@@ -67,6 +69,18 @@ def test_default_tile_is_not_wider_than_the_intermediate_size():
     )
     assert tile is not None
     assert tile.block_n <= 32
+
+
+def test_factors_that_lie_otherwise_are_copied_otherwise():
+    """Rows of rank 37 cannot be copied ahead; its columns of 3072 can, and are."""
+    shape = {"rank_up": 37, "rank_gate": None, "rank_down": 37, "intermediate_size": 3072}
+    tile, run = TileConfig(64, 64, 4, 3), Run(3072, 3072)
+    by_rows, by_columns, padded = (
+        sram_bytes_of(tile, **shape, element_bytes=2, generation="sm_90", runs=runs)
+        for runs in (None, (run, Run(0, 0), run), (Run(37, 64), Run(0, 0), run))
+    )
+    assert by_columns == by_rows + 64 * 64 * 2 * 2
+    assert padded == by_rows
 
 
 @pytest.mark.parametrize(("rank_down", "sram_bytes"), [(4096, 227 * KIB), (64, 4 * KIB)])

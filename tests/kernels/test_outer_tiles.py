@@ -8,9 +8,11 @@ from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeExtents, Whol
 KIB = 1024
 
 
-def extents(rank, gate_from="none", element_bytes=2, intermediate_size=3072):
+def extents(rank, gate_from="none", element_bytes=2, intermediate_size=3072, generation=""):
     rank_gate = None if gate_from == "none" else rank
-    return WholeExtents(rank, rank_gate, rank, intermediate_size, gate_from, element_bytes)
+    return WholeExtents(
+        rank, rank_gate, rank, intermediate_size, gate_from, element_bytes, generation
+    )
 
 
 @pytest.mark.parametrize("sram_kib", [48, 64, 99, 164, 227])
@@ -30,9 +32,9 @@ def test_a_whole_tile_fits(rank, gate_from, element_bytes, sram_kib):
 def test_whole_sram_bytes_read_off_a_compiled_kernel():
     """triton 3.6.0, sm_90, bfloat16: 73728, 81920 and 98304 bytes."""
     for tile, of, compiled in (
-        (WholeTile(128, 64, 8, 3), extents(64), 73728),
-        (WholeTile(64, 32, 4, 2), extents(96, "x"), 81920),
-        (WholeTile(128, 32, 8, 3), extents(64, "x"), 98304),
+        (WholeTile(128, 64, 8, 3), extents(64, generation="sm_90"), 73728),
+        (WholeTile(64, 32, 4, 2), extents(96, "x", generation="sm_90"), 81920),
+        (WholeTile(128, 32, 8, 3), extents(64, "x", generation="sm_90"), 98304),
     ):
         assert 0 <= feed_forward_whole_tiles.sram_bytes_of(tile, of) - compiled <= 256
 

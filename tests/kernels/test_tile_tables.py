@@ -4,7 +4,7 @@ import json
 
 import pytest
 from flashsvd_compile.kernels import attention_tiles, feed_forward_tiles
-from flashsvd_compile.kernels.attention_tiles import AttentionExtents
+from flashsvd_compile.kernels.attention_extents import AttentionExtents
 from flashsvd_compile.kernels.devices import generation_of
 from flashsvd_compile.kernels.tile_tables import candidates, path_of, tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
