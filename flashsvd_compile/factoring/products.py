@@ -20,7 +20,7 @@ from flashsvd_compile.analysis.calls import aten, is_tensor, packet, value
 from flashsvd_compile.analysis.contraction import Contraction, read_contraction
 from flashsvd_compile.analysis.facts import Facts, weight_placeholders
 from flashsvd_compile.analysis.layout import is_layout
-from flashsvd_compile.analysis.low_rank import is_low_rank, lifted_latents
+from flashsvd_compile.analysis.low_rank import is_low_rank, lifts_of_latents
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 _LOOKUPS = {aten.embedding, aten.embedding_bag, aten._embedding_bag}
@@ -45,7 +45,7 @@ def find_dense_weights(facts: Facts, graph: fx.Graph) -> list[DenseWeight]:
     """Every weight that activations are multiplied with, in the order of the first products."""
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     own = weight_placeholders(graph)
-    latents = lifted_latents(facts)
+    latents = lifts_of_latents(facts)
     found: dict[fx.Node, list[tuple[fx.Node, bool | Reason]]] = defaultdict(list)
     for node in graph.nodes:
         product = read_contraction(node) if is_tensor(node) else None
