@@ -45,7 +45,7 @@ def find_dense_weights(facts: Facts, graph: fx.Graph) -> list[DenseWeight]:
     """Every weight that activations are multiplied with, in the order of the first products."""
     positions = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     own = weight_placeholders(graph)
-    latents = lifts_of_latents(facts)
+    latents = set(lifts_of_latents(facts))
     found: dict[fx.Node, list[tuple[fx.Node, bool | Reason]]] = defaultdict(list)
     for node in graph.nodes:
         product = read_contraction(node) if is_tensor(node) else None
