@@ -21,8 +21,16 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from flashsvd_compile.analysis.axes import Size, size_of
-from flashsvd_compile.analysis.calls import arguments, aten, is_aten, overload, packet, value
+from flashsvd_compile.analysis.axes import Size, same, size_of
+from flashsvd_compile.analysis.calls import (
+    aliased_argument,
+    arguments,
+    aten,
+    is_aten,
+    overload,
+    packet,
+    value,
+)
 from flashsvd_compile.memory.view import GraphView
 
 # ``torch._inductor.config.realize_reads_threshold`` and ``realize_acc_reads_threshold``.
@@ -43,6 +51,10 @@ _FUSED = {
     aten.sum, aten.var, aten.std, aten.amax, aten.amin, aten.any, aten.all, aten.eye,
     aten.one_hot, aten.logical_and, aten.logical_or, aten.logical_not, aten.square, aten.rsub,
     aten.glu, aten.addcmul, aten.expand, aten.movedim, aten.take_along_dim, aten.linspace,
+}  # fmt: skip
+# What gives back its argument, or a view of it, where it can, and a copy else.
+_VIEWS_AT_TIMES = {
+    aten.reshape, aten.flatten, aten.unflatten, aten.contiguous, aten.to, aten.type_as,
 }  # fmt: skip
 _REDUCTIONS = {
     aten.mean, aten.sum, aten.var, aten.std, aten.amax, aten.amin, aten.any, aten.all,
@@ -109,20 +121,40 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 
 def _owners(view: GraphView) -> dict[fx.Node, fx.Node]:
     """The node that made the memory which each tensor lies in, where that is another one."""
-    first: dict[int, fx.Node] = {}
     owners: dict[fx.Node, fx.Node] = {}
     for node in view.nodes:
-        if node.target is operator.getitem:
-            source = node.all_input_nodes[0]
+        source = None if node in view.lowered else aliased_argument(node)
+        if source is not None and (node.target is operator.getitem or _is_view(node, source)):
             owners[node] = owners.get(source, source)
-            continue
-        for tensor in _tensors(node):
-            storage = tensor.untyped_storage()._cdata
-            if storage in first:
-                owners[node] = first[storage]
-            elif not isinstance(value(node), (list, tuple)):
-                first[storage] = node
     return owners
+
+
+def _is_view(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node``, which may be a view of ``source``, is one.
+
+    The traced storages tell, but for what reads a node that was put in another's place.
+    """
+    made, read = value(node), value(source)
+    if not isinstance(made, torch.Tensor) or not isinstance(read, torch.Tensor):
+        return isinstance(read, torch.Tensor)  # several views, as split makes them
+    if made.untyped_storage()._cdata == read.untyped_storage()._cdata:
+        return True
+    if packet(node) not in _VIEWS_AT_TIMES:
+        return any(result.alias_info is not None for result in overload(node)._schema.returns)
+    same_kind = made.dtype == read.dtype and made.device == read.device
+    return same_kind and _can_be_viewed(read, made)
+
+
+def _can_be_viewed(read: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether the shape and strides of ``made`` are those of a view of ``read``."""
+    try:
+        seen = read.view(made.shape)
+    except RuntimeError:  # torch's way to say that strides do not allow it
+        return False
+    return all(
+        same(size_of(mine), size_of(its)) or size_of(size) == 1
+        for size, mine, its in zip(made.shape, made.stride(), seen.stride(), strict=True)
+    )
 
 
 def _forced(view: GraphView, owners: dict[fx.Node, fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
