@@ -149,7 +149,7 @@ def _can_be_viewed(read: torch.Tensor, made: torch.Tensor) -> bool:
     """Whether the shape and strides of ``made`` are those of a view of ``read``."""
     try:
         seen = read.view(made.shape)
-    except RuntimeError:  # torch's way to say that strides do not allow it
+    except (RuntimeError, ValueError):  # torch's ways to say that strides do not allow it
         return False
     return all(
         same(size_of(mine), size_of(its)) or size_of(size) == 1

@@ -111,10 +111,10 @@ def walk(view: GraphView) -> MemoryProfile:
         if replaced is not None:
             del held[replaced]
         held[buffer.node] = buffer.size_bytes
-        held |= {early.node: early.size_bytes for early in ahead.get(index, ())}
         lowered = view.lowered.get(buffer.node)
         scratch = sympy.S.Zero if lowered is None else lowered.scratch_bytes
         moments.append(Moment(buffer.node, dict(held), scratch, returned))
+        held |= {early.node: early.size_bytes for early in ahead.get(index, ())}
         for node in dying:
             held.pop(node, None)
         if buffer.node not in last_read and buffer.node not in returned:
@@ -125,7 +125,8 @@ def walk(view: GraphView) -> MemoryProfile:
 def _first_product(
     buffer: Buffer, buffers: Sequence[Buffer], index_of: Mapping[fx.Node, int]
 ) -> int:
-    """Where the first latent that ``buffer`` reads is written; masks may be as old as the graph."""
+    """Where the first latent that ``buffer`` reads is written, behind which it is allocated; masks
+    may be as old as the graph."""
     read = [index_of[node] for node in buffer.reads if node in index_of]
     products = [index for index in read if not buffers[index].is_fused]
     return min(products or read, default=index_of[buffer.node])

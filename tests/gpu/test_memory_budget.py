@@ -1,4 +1,4 @@
-"""Memory budgets on a GPU: kept as the allocator counts, by the route that was planned, and right."""
+"""Memory budgets on a GPU: kept as the allocator counts, by the planned route, and right."""
 
 import pytest
 import torch

@@ -1,0 +1,84 @@
+"""What a graph holds: buffers, their lives, and the formula of the peak; against the allocator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flashsvd_compile as fsc
+from bench.measure import peak_transient_bytes
+from tests.spelled import low_rank
+
+pytestmark = pytest.mark.usefixtures("fresh_inference")
+
+UNFUSED = {"attention": "unfused", "feed_forward": "unfused"}
+BUDGETED = {"memory_budget": "1000GiB"}
+KIB = 1024
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = low_rank(64, 512, 16), low_rank(512, 64, 16)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.norm(x + self.down(F.gelu(self.up(x))))
+
+
+def peak(model, *args, **options):
+    (found,) = fsc.explain(model, *args, options={**UNFUSED, **options}).peaks
+    return found
+
+
+def test_the_widest_tensor_and_what_lies_beside_it():
+    found = peak(FeedForward(), torch.randn(2, 128, 64))
+    # The latent, 256 × 16 floats, and the intermediate, whose gelu takes its place.
+    assert found.held == {"linear_1": 512 * KIB, "linear": 16 * KIB}
+    assert found.transient_bytes == 528 * KIB
+    assert (found.node, found.where) == ("linear_1", "up.1")
+    assert "linear_1 0.50 MiB" in str(found)
+
+
+def test_outputs_are_told_apart():
+    def run(x):
+        y = x @ x.mT
+        return y @ y
+
+    found = peak(run, torch.randn(4, 64, 64))
+    assert found.transient_bytes == 64 * KIB
+    assert found.total_bytes == 128 * KIB
+
+
+def test_what_several_read_is_written_only_if_that_is_dear():
+    def run(a, b, c, d, e, w):
+        few, many = a + b, a + b + c + d + e
+        return few.sin() @ w, few.cos() @ w, many.sin() @ w, many.cos() @ w
+
+    given = [torch.randn(64, 64) for _ in range(6)]
+    found = peak(run, *given)
+    names = set(found.held)
+    assert any(name.startswith("add") for name in names)  # many; few is added up again
+    assert len([name for name in names if name.startswith("add")]) == 1
+
+
+def test_the_formula_holds_for_all_sizes():
+    torch._dynamo.config.automatic_dynamic_shapes = True
+    x = torch.randn(2, 128, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    found = peak(FeedForward(), x)
+    # 528 floats a token: the intermediate and the latent
+    assert found.formula.count("2112") == 1
+
+
+@pytest.mark.parametrize("options", [{}, UNFUSED, {"feed_forward": "row_blocks"}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 256), (3, 77), (1, 1500)], ids=str)
+def test_peaks_are_those_of_the_allocator(shape, options):
+    model = nn.Sequential(FeedForward(), FeedForward())
+    x = torch.randn(*shape, 64)
+    options = {**BUDGETED, **options}
+    (found,) = fsc.explain(model, x, options=options).peaks
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    measured = peak_transient_bytes(lambda: compiled(x), "cpu")
+    assert found.total_bytes == pytest.approx(measured, rel=0.05)

@@ -1,0 +1,149 @@
+"""``memory_budget`` through the public door: kept, right, refused with what is possible."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import flashsvd_compile as fsc
+from bench.measure import peak_transient_bytes
+from flashsvd_compile.options import OptionsError
+from tests.spelled import assert_as_good_as_eager, low_rank
+
+pytestmark = pytest.mark.usefixtures("fresh_inference")
+
+HEADS, HEAD_DIM, RANK, HIDDEN = 4, 32, 8, 128
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(HIDDEN, HEADS * RANK, bias=False) for _ in "qkv")
+        self.factors = nn.ParameterList(torch.randn(HEADS, RANK, HEAD_DIM) / 3 for _ in "qkv")
+        self.up, self.back = low_rank(HIDDEN, 1024), low_rank(1024, HIDDEN)
+
+    def forward(self, x):
+        latents = [u(x).unflatten(-1, (HEADS, RANK)).transpose(1, 2) for u in self.down]
+        q, k, v = (p @ f for p, f in zip(latents, self.factors, strict=True))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + mixed.transpose(1, 2).flatten(2)
+        return x + self.back(nn.functional.gelu(self.up(x)))
+
+
+def model() -> nn.Module:
+    return nn.Sequential(Layer(), Layer())
+
+
+def free_bytes(x) -> int:
+    return fsc.explain(model(), x).peaks[0].transient_bytes
+
+
+def compiled(inner, budget, **options):
+    options["memory_budget"] = budget
+    return torch.compile(inner, backend="flashsvd", options=options)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.65])
+@pytest.mark.parametrize("shape", [(8, 128), (3, 333), (1, 1024)], ids=str)
+def test_kept_and_right(shape, share):
+    inner, x = model(), torch.randn(*shape, HIDDEN)
+    budget = int(free_bytes(x) * share)
+    told = fsc.explain(inner, x, options={"memory_budget": budget})
+    assert told.peaks[0].transient_bytes <= budget
+    assert any(s.reason.code.value == "memory_budget" for s in told.sites)
+    run = compiled(inner, budget)
+    assert_as_good_as_eager(inner, run, (x,))
+    assert peak_transient_bytes(lambda: run(x), "cpu") - x.nbytes <= budget
+
+
+def test_attention_in_blocks_of_the_batch():
+    config = BertConfig(
+        hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=256,
+        vocab_size=100,
+    )  # fmt: skip
+    bert = BertModel(config, add_pooling_layer=False).eval()
+    fsc.compress_(bert, keep=0.4)
+    ids = torch.randint(0, 100, (8, 96))
+    mask = (torch.arange(96) < torch.randint(40, 97, (8, 1))).long()
+    options = {"attention": "rank_space", "feed_forward": "row_blocks"}
+    free = fsc.explain(bert, ids, mask, options=options).peaks[0].transient_bytes
+    options["memory_budget"] = int(free * 0.7)
+    told = fsc.explain(bert, ids, mask, options=options)
+    blocks = [s.plan.blocks for s in told.sites if s.kind == "attention"]
+    assert all(b is not None and b.batch < 8 and set(b.entries) == set("qkv") for b in blocks)
+    run = torch.compile(bert, backend="flashsvd", options=options)
+    expected = bert(ids, attention_mask=mask)[0]
+    torch.testing.assert_close(run(ids, attention_mask=mask)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_pressure_changes_nothing():
+    x = torch.randn(4, 64, HIDDEN)
+    free, budgeted = (
+        fsc.explain(model(), x, options=options) for options in ({}, {"memory_budget": "1GiB"})
+    )
+    assert [s.lowering for s in free.sites] == [s.lowering for s in budgeted.sites]
+
+
+def test_refused_with_what_is_possible():
+    x = torch.randn(4, 64, HIDDEN)
+    with pytest.raises(Exception, match="BudgetError") as error:
+        compiled(model(), "10KiB")(x)
+    told = str(error.value)
+    assert "memory_budget is 0.01 MiB" in told
+    assert " MiB, at " in told
+    (enough,) = re.findall(r'within memory_budget="(\d+)MiB"', told)
+    compiled(model(), f"{enough}MiB")(x)
+
+
+def test_refused_in_training():
+    with torch.enable_grad(), pytest.raises(Exception, match="plans inference"):
+        compiled(model(), "1GiB")(torch.randn(4, 64, HIDDEN, requires_grad=True))
+
+
+def test_larger_calls_are_planned_anew():
+    inner = model()
+    budget = int(free_bytes(torch.randn(4, 128, HIDDEN)) * 0.7)
+    run = compiled(inner, budget)
+    counters = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.config.automatic_dynamic_shapes = True
+    for batch in (2, 3, 4):
+        x = torch.randn(batch, 128, HIDDEN)
+        assert_as_good_as_eager(inner, run, (x,))
+        assert peak_transient_bytes(lambda x=x: run(x), "cpu") - x.nbytes <= budget
+    graphs = counters["unique_graphs"]
+    run(torch.randn(2, 128, HIDDEN))
+    assert counters["unique_graphs"] == graphs
+
+
+def test_told_sizes_hold_for_one_graph():
+    torch._dynamo.utils.counters.clear()
+    inner = model()
+    run = torch.compile(
+        inner,
+        backend="flashsvd",
+        dynamic=True,
+        options={"memory_budget": "1GiB", "max_batch": 16, "max_length": 256},
+    )
+    for batch, length in ((2, 32), (16, 256), (5, 100)):
+        assert_as_good_as_eager(inner, run, (torch.randn(batch, length, HIDDEN),))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    run(torch.randn(17, 256, HIDDEN))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"memory_budget": -1}, "at least one byte"),
+        ({"memory_budget": "12 MeB"}, "no unit 'MeB'; the nearest is 'MB'"),
+        ({"memory_budget": "much"}, "nearest"),
+        ({"max_batch": 0}, "a whole number of at least 1"),
+        ({"max_length": 2.5}, "a whole number of at least 1"),
+        ({"max_batch": True}, "a whole number of at least 1"),
+    ],
+)
+def test_nonsense(given, told):
+    with pytest.raises(OptionsError, match=re.escape(told)):
+        fsc.Options.parse(given)
