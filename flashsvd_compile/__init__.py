@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from flashsvd_compile.explanation import Explanation as Explanation
     from flashsvd_compile.explanation import explain as explain
     from flashsvd_compile.options import Options as Options
+    from flashsvd_compile.planner.budget import BudgetError as BudgetError
 
 __version__ = "0.1.0"
 
 # name -> the module that defines it
 _PUBLIC = {
+    "BudgetError": "planner.budget",
     "Explanation": "explanation",
     "Options": "options",
     "compress_": "compress.svd",
@@ -29,7 +31,7 @@ _PUBLIC = {
     "merge_": "compress.merge",
 }
 
-__all__ = ["Explanation", "Options", "compress_", "explain", "merge_"]
+__all__ = ["BudgetError", "Explanation", "Options", "compress_", "explain", "merge_"]
 
 
 def _adopt_rooms(root: Path) -> None:

@@ -62,19 +62,21 @@ def _within(room: str) -> list[str]:
 
 # room or module -> what it may import of this package, by prefix
 ARROWS = {
-    "backend": ["explanation", "report", "fingerprint", "pipeline", "options"],
-    "explanation": ["report", "pipeline", "factoring.records", "planner.named_devices", "options"],
+    "backend": ["explanation", "report", "fingerprint", "pipeline", "options", "planner.budget"],
+    "explanation": ["report", "pipeline", "factoring.records", "planner.named_devices", "options",
+                    "memory.peak"],
     "report": ["pipeline", "analysis", "planner", "reason"],
     "fingerprint": ["options"],
-    "pipeline": ["normalize", "factoring", "analysis", "planner", "lowering", "tuning", "options",
-                 "reason"],
+    "pipeline": ["normalize", "factoring", "analysis", "planner", "memory", "lowering", "tuning",
+                 "options", "reason"],
+    "memory": ["memory", "analysis", "reason"],
     "normalize": [],
     "factoring": ["factoring", "analysis", "compress.linears", "compress.svd", "reason"],
     "options": [],
     "reason": [],
     "analysis": ["analysis", "reason", "kernels.activations", "kernels.siblings_tiles"],
     "planner": [
-        "planner", "analysis", "reason", "options",
+        "planner", "memory", "analysis", "reason", "options",
         "kernels.attention_extents", "kernels.attention_tiles", "kernels.chain_tiles",
         "kernels.feed_forward_tiles",
         "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
