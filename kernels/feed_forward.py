@@ -145,6 +145,10 @@ def streamed_feed_forward(
 
 def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileConfig:
     """``tile``, which may have been chosen before it was known how factors lie, or the default."""
+    factors = (of.up_factor, of.gate_factor, of.down_factor)
+    are_contiguous = all(x is None or x.is_contiguous() for x in factors)
+    if tile is not None and are_contiguous:
+        return tile
     shape: dict[str, Any] = {
         "rank_up": of.rank_up,
         "rank_gate": of.rank_gate,
@@ -153,10 +157,6 @@ def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileCon
         "element_bytes": of.up.element_size(),
         "generation": generation_of(of.up.device),
     }
-    factors = (of.up_factor, of.gate_factor, of.down_factor)
-    are_contiguous = all(x is None or x.is_contiguous() for x in factors)
-    if tile is not None and are_contiguous:
-        return tile
     runs = None if are_contiguous else tuple(map(_run_of, factors))
     sram_bytes = sram_bytes_of_device(of.up.device, INTERPRETED_SRAM_BYTES)
     if tile is not None and sram_bytes_of(tile, **shape, runs=runs) <= sram_bytes:

@@ -205,7 +205,7 @@ def test_an_error_in_the_rewritten_graph_is_not_silent(model, x):
 
     def misuse(site, builder, block_rows, tile):
         return builder.call(ops.row_blocks_feed_forward_op, *[site.node.args[1]] * 3,
-                            activation="gelu", block_rows=0)  # fmt: skip
+                            activation="gelu", block_rows=0, tile=tile)  # fmt: skip
 
     with (
         patch("flashsvd_compile.pipeline.lower_row_blocks", misuse),
