@@ -40,7 +40,8 @@ def flashsvd(
     except Exception:
         log.warning(
             "flashsvd left a graph as it was, because a pass failed. Results are right, but "
-            "nothing was fused. Please report this:\n%s",
+            "nothing was fused%s. Please report this:\n%s",
+            "" if parsed.memory_budget is None else ", and memory_budget is not kept",
             traceback.format_exc(),
         )
         return _compile(gm, example_inputs, parsed)
