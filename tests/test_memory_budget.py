@@ -45,7 +45,7 @@ def compiled(inner, budget, **options):
     return torch.compile(inner, backend="flashsvd", options=options)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.75, 0.65])
+@pytest.mark.parametrize("share", [0.9, 0.75])
 @pytest.mark.parametrize("shape", [(8, 128), (3, 333), (1, 1024)], ids=str)
 def test_kept_and_right(shape, share):
     inner, x = model(), torch.randn(*shape, HIDDEN)
