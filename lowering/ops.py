@@ -292,22 +292,25 @@ _on_triton("sibling_linears", _siblings_on_triton)
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("flashsvd::rank_space_attention", lib=_LIBRARY)
-def _attention_shape(
-    q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, num_heads: int, **_: Any
-) -> Tensor:
-    v_factor = _named(_ATTENTION_TENSORS[3:], tensors).get("v_factor")
-    head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
-    return q.new_empty((q.shape[0], q.shape[2], num_heads, head_dim_v)).transpose(1, 2)
+def _attention_shape(names: Sequence[str]) -> Callable[..., Tensor]:
+    """Of an operator whose tensors are ``names``: rows are q's last but one dimension, whether it
+    is a latent or what makes one."""
+
+    def shape(
+        q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, num_heads: int, **_: Any
+    ) -> Tensor:
+        v_factor = _named(names[3:], tensors).get("v_factor")
+        head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
+        return q.new_empty((q.shape[0], q.shape[-2], num_heads, head_dim_v)).transpose(1, 2)
+
+    return shape
 
 
-@torch.library.register_fake("flashsvd::rank_space_attention_blocks", lib=_LIBRARY)
-def _attention_blocks_shape(
-    q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, num_heads: int, **_: Any
-) -> Tensor:
-    v_factor = _named(_ATTENTION_BLOCKS_TENSORS[3:], tensors).get("v_factor")
-    head_dim_v = v.shape[-1] if v_factor is None else v_factor.shape[1]
-    return q.new_empty((q.shape[0], q.shape[-2], num_heads, head_dim_v)).transpose(1, 2)
+for _name, _tensors in (
+    ("rank_space_attention", _ATTENTION_TENSORS),
+    ("rank_space_attention_blocks", _ATTENTION_BLOCKS_TENSORS),
+):
+    torch.library.register_fake(f"flashsvd::{_name}", _attention_shape(_tensors), lib=_LIBRARY)
 
 
 def _feed_forward_shape(

@@ -61,6 +61,11 @@ class Arm:
     def width_size(self) -> int:
         return int(volume(self.width))
 
+    @property
+    def own_heads(self) -> int:
+        """Heads that the tensor varies along."""
+        return int(volume(atom for atom in self.heads if not atom.broadcast))
+
 
 @dataclass(frozen=True)
 class Site:

@@ -119,8 +119,7 @@ def _feed_forward(
 def _group(arm: Arm, heads: int) -> int:
     """Heads that have to stay together, as they read the same head of the arm; one read by all
     binds none."""
-    own = int(volume(atom for atom in arm.heads if not atom.broadcast))
-    return heads // own if own > 1 else 1
+    return heads // arm.own_heads if arm.own_heads > 1 else 1
 
 
 def _halves(extent: int, least: int) -> Iterator[int]:

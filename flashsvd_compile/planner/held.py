@@ -7,7 +7,6 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import (
-    Arm,
     AttentionSite,
     ChainEnds,
     ChainSite,
@@ -66,15 +65,11 @@ def _scratch(plan: Plan, on_gpu: bool) -> Size:
         share = sympy.Rational(min(plan.blocks.heads, site.num_heads), site.num_heads)
         for name in plan.blocks.entries:
             arm = site.arms[name]
-            scratch += batch * _own_heads(arm) * share * volume(arm.rows) * arm.rank_size
+            scratch += batch * arm.own_heads * share * volume(arm.rows) * arm.rank_size
         heads *= share
     if not on_gpu:
         scratch += batch * heads * _library_scratch(site, in_blocks=plan.blocks is not None)
     return scratch * site.dtype.itemsize
-
-
-def _own_heads(arm: Arm) -> int:
-    return int(volume(atom for atom in arm.heads if not atom.broadcast))
 
 
 def _library_scratch(site: AttentionSite, in_blocks: bool) -> Size:
