@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,20 +43,25 @@ ROW_BLOCKS = {"feed_forward": "row_blocks"}
 UNFUSED = {"feed_forward": "unfused"}
 
 
+def told_by(program: str, caches: Path, *arguments: str) -> list[Any]:
+    """What ``program`` prints, a JSON value a line, in a process of its own with those caches."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.fixture
 def run(tmp_path):
     """Runs lines in a process of its own; all share one cache directory."""
 
     def process(*lines):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *map(json.dumps, lines)],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return told_by(PROGRAM, tmp_path, *map(json.dumps, lines))
 
     return process
 
@@ -101,15 +108,8 @@ print(json.dumps(counters["aot_autograd"]))
 
 
 def test_constants_are_told_apart(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CONSTANTS],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["autograd_cache_miss"] == 2
+    (told,) = told_by(CONSTANTS, tmp_path)
+    assert told["autograd_cache_miss"] == 2
 
 
 def test_the_fingerprint_covers_every_room():
@@ -163,13 +163,5 @@ for seed in (0, 1, 0):
 
 def test_factors_are_no_part_of_what_caches_keep(tmp_path):
     """A model of the same shapes takes the kept kernels, and brings its own factors."""
-    done = subprocess.run(
-        [sys.executable, "-c", FACTORED],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    told = told_by(FACTORED, tmp_path)
     assert told == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]

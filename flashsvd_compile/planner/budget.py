@@ -8,6 +8,7 @@ holds the least then. Sites alike are changed together.
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -53,6 +54,8 @@ def plan_within_budget(
             "memory_budget plans inference, and this graph is traced for gradients, which keep "
             "activations: call the model under torch.no_grad() or torch.inference_mode()"
         )
+    if profile_of(graph, plans, device_of).peak(lambda size: cost.at(size, sizes))[1] <= budget:
+        return tuple(plans)
     ways = [
         alternatives(plan, facts, device_of(plan.site.device), options, sizes) for plan in plans
     ]
@@ -111,7 +114,7 @@ class _Search:
         at_work = {kind for i, kind in enumerate(self.kinds) if self._works(i, moment)}
         for kind in at_work:
             alike = [i for i, own in enumerate(self.kinds) if own == kind]
-            nodes = frozenset().union(*(self._nodes(i) for i in alike))
+            nodes = frozenset().union(*(self._nodes[i] for i in alike))
             now = self.peak(choice, nodes)[1]
             for position in range(len(self.ways[alike[0]])):
                 changed = [position if i in alike else own for i, own in enumerate(choice)]
@@ -122,16 +125,19 @@ class _Search:
         return min(tried, key=lambda one: one[0])[1] if tried else None
 
     def _works(self, index: int, moment: Moment | None) -> bool:
-        return moment is not None and moment.node in self._nodes(index)
+        return moment is not None and moment.node in self._nodes[index]
 
-    def _nodes(self, index: int) -> frozenset[fx.Node]:
-        """The nodes at which one way or another to run the site computes something."""
-        found: set[fx.Node] = set()
-        for way in self.ways[index]:
-            found |= {way.plan.node} | way.plan.region
-            if way.plan.blocks is not None:
-                found |= way.plan.blocks.region
-        return frozenset(found)
+    @cached_property
+    def _nodes(self) -> list[frozenset[fx.Node]]:
+        """Of each site, the nodes at which one way or another to run it computes something."""
+        return [
+            frozenset().union(*(self._computes(way.plan) for way in ways)) for ways in self.ways
+        ]
+
+    @staticmethod
+    def _computes(plan: Plan) -> frozenset[fx.Node]:
+        taken = frozenset() if plan.blocks is None else plan.blocks.region
+        return frozenset({plan.node}) | plan.region | taken
 
 
 def _kind(plan: Plan) -> object:
