@@ -59,7 +59,9 @@ def plan_within_budget(
     ways = [
         alternatives(plan, facts, device_of(plan.site.device), options, sizes) for plan in plans
     ]
-    search = _Search(graph, ways, [_kind(plan) for plan in plans], device_of, sizes)
+    # Sites that look alike may still differ in what else they could run as.
+    kinds = [(_kind(plan), len(own)) for plan, own in zip(plans, ways, strict=True)]
+    search = _Search(graph, ways, kinds, device_of, sizes)
     choice = [0] * len(plans)
     moment, peak = search.peak(choice)
     while peak > budget:
