@@ -68,12 +68,15 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
 def peak_transient_bytes(fn: Callable[[], Any], device: torch.device | str = "cuda") -> int:
     """Most bytes that one call of ``fn`` holds at once beyond what was live before it.
 
-    One call goes ahead unmeasured: it compiles, and makes the workspaces that libraries keep.
+    One call goes ahead unmeasured: it compiles, and makes the workspaces that libraries keep. What
+    the CUDA allocator keeps of earlier work is given back first: it would hand out blocks of that
+    up to 1 MiB larger than asked, and count them whole.
     """
     fn()
     if torch.device(device).type != "cuda":
         return _cpu_peak_bytes(fn)
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     kept = fn()

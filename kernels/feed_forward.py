@@ -143,6 +143,10 @@ def streamed_feed_forward(
     return out
 
 
+# An intermediate size that is a symbol: wider than any tile, and a row of it can be copied.
+UNKNOWN_SIZE = 1 << 16
+
+
 def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileConfig:
     """``tile``, which may have been chosen before it was known how factors lie, or the default."""
     factors = (of.up_factor, of.gate_factor, of.down_factor)
@@ -153,7 +157,7 @@ def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileCon
         "rank_up": of.rank_up,
         "rank_gate": of.rank_gate,
         "rank_down": of.rank_down,
-        "intermediate_size": of.intermediate_size,
+        "intermediate_size": _known(of.intermediate_size, UNKNOWN_SIZE),
         "element_bytes": of.up.element_size(),
         "generation": generation_of(of.up.device),
     }
@@ -171,6 +175,11 @@ def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileCon
     return tile
 
 
+def _known(size: Any, otherwise: int) -> int:
+    """``size`` where it is a number; symbols of a trace are none."""
+    return size if isinstance(size, int) else otherwise
+
+
 def _run_of(factor: Tensor | None) -> Run:
     """Where strides are not known, one that can be copied."""
     if factor is None:
@@ -178,5 +187,4 @@ def _run_of(factor: Tensor | None) -> Run:
     along = 1 if factor.stride(1) == 1 else 0
     if factor.stride(along) != 1:
         return Run(1, 1)
-    length, stride = factor.shape[along], factor.stride(1 - along)
-    return Run(length if isinstance(length, int) else 16, stride if isinstance(stride, int) else 16)
+    return Run(_known(factor.shape[along], 16), _known(factor.stride(1 - along), 16))
