@@ -4,12 +4,15 @@
 
 Budgets: 12-layer BERT-base shape, 40 ranks a head and 240 elsewhere, batch 32, length 512, under
 budgets of 128, 96 and 64 MiB of transient bytes, against the same model without one. The grid:
-encoders and decoders of a few layers and several shapes, each without pressure and then under half
-of what it held so; ``peak`` is the allocator's, outputs included, as it is predicted.
+encoders and decoders of a few layers and several shapes, each without pressure, under shares of
+what it held so, and under the least that it is told to need; ``peak`` is the allocator's, outputs
+included, as it is predicted. A budget that cannot be kept has to be refused.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConf
 import flashsvd_compile as fsc
 from bench.encoder import Case, factored, image_size, inputs_of, vit
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
+from bench.parallel import in_processes
 from flashsvd_compile.planner.budget import BudgetError
 
 MIB = 2**20
@@ -49,9 +53,11 @@ def decoder(kind: str, length: int, device: str) -> nn.Module:
     return model.eval()
 
 
+# Of what is held without pressure; None for the least that an error names.
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, None)
 GRID: list[tuple[str, int, int]] = [
     *((kind, batch, length) for kind in ("bert", "llama", "gpt2")
-      for batch, length in ((1, 1024), (4, 384), (16, 128), (3, 333))),
+      for batch, length in ((1, 1024), (4, 384), (16, 128), (3, 333), (32, 256))),
     ("vit", 8, 197),
     ("vit", 64, 197),
 ]  # fmt: skip
@@ -110,41 +116,61 @@ def budgets(device: str) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def grid(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    for kind, batch, length in GRID:
-        model, inputs = case_of(kind, batch, length, device, dtype)
-        budget: int | str = "1000GiB"
-        for _ in range(2):
-            row = {"model": kind, "batch": batch, "length": length, "budget": budget}
-            try:
-                call = compiled(model, inputs, budget)
-                out_bytes = call().nbytes
-                peak = peak_transient_bytes(call, device)
-            except Exception as error:  # Dynamo wraps what a backend raises
-                if BudgetError.__name__ not in str(error):
-                    raise
-                yield row | {"outcome": "BudgetError"}
-                break
+def grid_of(case: tuple[str, int, int], device: str) -> list[dict[str, Any]]:
+    """One model under every budget."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    kind, batch, length = case
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, inputs = case_of(kind, batch, length, device, dtype)
+    rows: list[dict[str, Any]] = []
+    free = least = 0
+    for share in ("free", *SHARES):
+        budget: int | str = least if share is None else "1000GiB"
+        if isinstance(share, float):
+            budget = int(free * share)
+        row = {"model": kind, "batch": batch, "length": length, "share": share or "least"}
+        try:
             predicted = predicted_bytes(model, inputs, budget)
-            transient = peak - out_bytes
-            kept = isinstance(budget, str) or transient <= budget
-            yield row | {"peak_mib": peak / MIB, "predicted_mib": predicted / MIB,
-                         "off": predicted / peak, "transient_mib": transient / MIB,
-                         "outcome": "kept" if kept else "BROKEN"}  # fmt: skip
-            budget = int(transient * 0.5)
+        except BudgetError as error:
+            least = error.least_bytes
+            rows.append(row | {"outcome": "refused"})
+            continue
+        if share is None and not least:
+            continue
+        call = compiled(model, inputs, budget)
+        out_bytes = call().nbytes
+        peak = peak_transient_bytes(call, device)
+        transient = peak - out_bytes
+        free = free or transient
+        is_kept = isinstance(budget, str) or transient <= budget
+        rows.append(row | {
+            "peak_mib": peak / MIB, "predicted_mib": predicted / MIB, "off": predicted / peak,
+            "transient_mib": transient / MIB, "outcome": "kept" if is_kept else "BROKEN",
+        })  # fmt: skip
+    return rows
+
+
+def grid(device: str) -> Iterator[dict[str, Any]]:
+    jobs = min(len(GRID), os.cpu_count() or 1) if device == "cuda" else 1
+    for rows in in_processes(partial(grid_of, device=device), GRID, jobs):
+        yield from rows
 
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--only", choices=("budgets", "grid"))
     args = parser.parse_args()
     torch._dynamo.config.automatic_dynamic_shapes = False
     print(environment(args.device))
     rows: list[dict[str, Any]] = []
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    tables = [budgets(args.device)] if args.device == "cuda" else []
-    for table in (*tables, grid(args.device, dtype)):
+    tables = {"grid": grid(args.device)}
+    if args.device == "cuda":
+        tables = {"budgets": budgets(args.device)} | tables
+    for name, table in tables.items():
+        if args.only not in (None, name):
+            continue
         start = len(rows)
         for row in table:
             rows.append(row)

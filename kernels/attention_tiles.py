@@ -26,7 +26,10 @@ COPIED_BYTES = 4
 
 # The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
 # beyond the second padded rank, whatever the tile; beyond the first for tiles of more queries than
-# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory.
+# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory: there it is
+# the addresses of keys loaded element by element that are too much beside a tile of an added mask
+# (36 such kernels compiled with triton 3.6.0, 2026-11-27: 128 to 824 bytes spilled; without the
+# mask none).
 MAX_RANK_K_PADDED = 256
 EASY_RANK_K_PADDED = 128
 EASY_QUERIES = 32
@@ -53,12 +56,13 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         limit, query_limit = MAX_ACCUMULATORS_32_BIT, MAX_QUERY_ACCUMULATORS_32_BIT
     else:
         limit, query_limit = MAX_ACCUMULATORS_16_BIT, MAX_QUERY_ACCUMULATORS_16_BIT
-    easy_queries = EASY_QUERIES
+    easy_queries, reads_shared = EASY_QUERIES, of.has_warpgroups
     if of.rank_k * of.element_bytes % COPIED_BYTES:
+        reads_shared = reads_shared and of.mask not in ("added", "any")
         easy_queries = EASY_QUERIES_ELEMENTWISE
         query_limit = min(query_limit, MAX_QUERY_ACCUMULATORS_ELEMENTWISE)
     is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m <= easy_queries
-    is_easy = is_easy or (of.has_warpgroups and tile.block_m >= WARPGROUP_ROWS)
+    is_easy = is_easy or (reads_shared and tile.block_m >= WARPGROUP_ROWS)
     if padded_k > MAX_RANK_K_PADDED or not is_easy:
         return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.

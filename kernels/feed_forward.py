@@ -154,9 +154,9 @@ def _tile_that_fits(tile: TileConfig | None, of: FeedForwardOperands) -> TileCon
     if tile is not None and are_contiguous:
         return tile
     shape: dict[str, Any] = {
-        "rank_up": of.rank_up,
-        "rank_gate": of.rank_gate,
-        "rank_down": of.rank_down,
+        "rank_up": int(of.rank_up),
+        "rank_gate": None if of.rank_gate is None else int(of.rank_gate),
+        "rank_down": int(of.rank_down),
         "intermediate_size": _known(of.intermediate_size, UNKNOWN_SIZE),
         "element_bytes": of.up.element_size(),
         "generation": generation_of(of.up.device),

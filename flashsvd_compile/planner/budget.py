@@ -29,7 +29,14 @@ from flashsvd_compile.planner.sites import drop_taken
 
 
 class BudgetError(RuntimeError):
-    """No choice of lowerings keeps the memory budget."""
+    """No choice of lowerings keeps the memory budget.
+
+    ``least_bytes``: the budget at which the same call would run; 0 where none is known.
+    """
+
+    def __init__(self, message: str, least_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 def plan_within_budget(
@@ -69,7 +76,10 @@ def plan_within_budget(
         if better is None:
             profile = profile_of(graph, search.plans(choice), device_of)
             least = peak_of(profile, lambda size: cost.at(size, sizes))
-            raise BudgetError(_least(options.memory_budget, least, unseen_bytes))
+            raise BudgetError(
+                _least(options.memory_budget, least, unseen_bytes),
+                least.transient_bytes + unseen_bytes,
+            )
         choice = better
         moment, peak = search.peak(choice)
     return search.plans(choice)
