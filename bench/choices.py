@@ -12,6 +12,7 @@ processes compile at a time, and one of them at a time has the device. Asked: 5%
 """
 
 import argparse
+import math
 import os
 import random
 import statistics
@@ -35,6 +36,7 @@ from flashsvd_compile.options import (
     FEED_FORWARD_LOWERINGS,
     SIBLINGS_LOWERINGS,
 )
+from flashsvd_compile.report import SiteReport
 
 MEDIAN_LOSS, WORST_LOSS = 0.05, 0.15
 LOWERINGS = {
@@ -165,25 +167,31 @@ def contest(case: Case, device: str) -> dict[str, Any]:
     module = MODULES[case.kind](case).to(device=device, dtype=dtype).eval()
     x = torch.randn(case.batch, case.rows, case.hidden, device=device, dtype=dtype)
     runs: dict[str, Callable[[], Any]] = {}
+    plans: dict[str, Any] = {}
     expected = _flat(module(x))
     for lowering in LOWERINGS[case.kind]:
         if lowering == "auto":
             continue
         options = options_of(case, lowering)
-        if _lowering(case, module, x, options) != lowering:
+        site = _site(case, module, x, options)
+        if (site.lowering if site else "unfused") != lowering:
             continue
+        if site and site.plan:
+            plans[lowering] = {"tile": site.plan.tile, "block_rows": site.plan.block_rows,
+                               "predicted_ms": (site.plan.seconds or math.nan) * 1e3}  # fmt: skip
         torch._dynamo.reset()
         compiled = torch.compile(module, backend="flashsvd", options=options)
         error = (_flat(compiled(x)) - expected).norm() / expected.norm()
         assert error < (2e-2 if dtype == torch.bfloat16 else 2e-3), (case, lowering, error)
         runs[lowering] = lambda compiled=compiled: compiled(x)  # type: ignore[misc]
-    picked = _lowering(case, module, x, options_of(case, "auto"))
+    site = _site(case, module, x, options_of(case, "auto"))
+    picked = site.lowering if site and site.lowering else "unfused"
     with my_turn():
         if device == "cuda":
             runs = {name: captured(call) for name, call in runs.items()}
         ms = median_ms(runs, device, rounds=15)
     best = min(ms, key=lambda name: ms[name])
-    return {**asdict(case), "ms": ms, "picked": picked, "best": best,
+    return {**asdict(case), "ms": ms, "plans": plans, "picked": picked, "best": best,
             "loss": ms[picked] / ms[best] - 1}  # fmt: skip
 
 
@@ -192,11 +200,10 @@ def _flat(result: Any) -> Tensor:
     return torch.cat([part.float().flatten() for part in parts])
 
 
-def _lowering(case: Case, module: nn.Module, x: Tensor, options: dict[str, Any]) -> str:
-    """What a site of the case's kind would run as; ``unfused`` where none is found."""
+def _site(case: Case, module: nn.Module, x: Tensor, options: dict[str, Any]) -> SiteReport | None:
+    """The site of the case's kind, None where none is found."""
     sites = fsc.explain(module, x, options=options).sites
-    found = [site.lowering for site in sites if site.kind == case.kind and site.lowering]
-    return found[0] if found else "unfused"
+    return next((site for site in sites if site.kind == case.kind and site.lowering), None)
 
 
 def main() -> None:
@@ -216,7 +223,11 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
         write_results(f"choices_{given.device}", rows, given.device)
-    told = [row | {"ms": " ".join(f"{k} {v:.4f}" for k, v in row["ms"].items())} for row in rows]
+    told = [
+        {k: v for k, v in row.items() if k != "plans"}
+        | {"ms": " ".join(f"{k} {v:.4f}" for k, v in row["ms"].items())}
+        for row in rows
+    ]
     print(f"\n{tabulate(told, headers='keys', floatfmt='.3f')}\n")
     losses = [row["loss"] for row in rows]
     median, worst = statistics.median(losses), max(losses)

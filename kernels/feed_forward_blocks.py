@@ -50,12 +50,6 @@ GEMM_TILE = 128
 GPU_WAVES = 2
 GPU_WAVES_AT_ONCE = 4
 
-# Ranks up to which, and rows from which on, that was faster than Inductor; GELU of rank 1024 (16384
-# rows, F 16384) 1.07 times. Fewer rows were not measured.
-ROW_BLOCKS_FASTEST_UP_TO_RANK = 1024
-ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED = 384
-ROW_BLOCKS_FASTEST_FROM_ROWS = 16384
-
 # Library GEMMs on a GPU want every extent to be a multiple of 16 bytes: on an H100 80GB HBM3
 # (torch 2.11.0, bfloat16, 2026-11-26) one of 2816 × 14336 took 0.60 ms at rank 1490, 0.18 at 1496,
 # and copying a factor 0.07. At 1024 rows that made no difference, from 2048 on it paid.

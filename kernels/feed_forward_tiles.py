@@ -44,23 +44,6 @@ COPIED_BYTES = 4
 # By which the planner and the launcher name this kernel's tables.
 KERNEL = "feed_forward"
 
-# The largest of the ranks up to which streaming took less time than the unfused expression under
-# Inductor and than row blocks, in 16 bits at 65536 rows, F 3072; same H100, versions and day,
-# `python -m bench.feed_forward --device cuda`, the same with `--shapes crossover`, and the tiles'
-# bench. Without a gate 0.44 ms at 256, against 0.67 and 0.72. With one (SiLU) 0.34 at 96, against
-# 0.89 and 1.16, and 0.32 at 128; beyond, 0.97 at 240, against 0.88 to 0.94 and 1.24 to 1.30 at 192
-# and 256. Above 256 latents do not stay on chip: at 1024 (32768 rows, F 11008) 110 ms against 3.6
-# and 4.3.
-STREAMED_FASTEST_UP_TO_RANK = 256
-STREAMED_FASTEST_UP_TO_RANK_GATED = 128
-
-# Programs, of those that the multiprocessors could run one each, from which on that holds. A
-# program walks the whole intermediate axis, so fewer rows take as long as one for each. Same H100
-# and versions, 768 → rank → 3072 → rank → 768 (GELU), 256, 4096 and 65536 rows: rank 64 takes
-# 0.044, 0.049 and 0.259 ms, under Inductor 0.025, 0.058 and 0.702; rank 240 0.117, 0.125 and 0.555,
-# under Inductor 0.027, 0.075 and 0.787. Where both lines cross is at 0.6 to 0.8.
-STREAMED_FASTEST_FROM_PROGRAMS = 0.75
-
 
 def rank_padded(rank: int) -> int:
     """The power of two that a tile runs ``rank`` at."""

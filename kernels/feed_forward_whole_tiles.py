@@ -68,13 +68,6 @@ class WholeExtents:
 # Latents are never in memory, so none is too long for a tile.
 MAX_RANK = MAX_RESIDENT_RANK
 
-# The largest ranks at which it was faster than the streamed one between library matmuls. H100 80GB
-# HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, 768 → rank → 3072 → rank → 768 at 65536
-# rows: GELU, rank 32: 0.188 ms against 0.236; 64: 0.226, 0.259; 96: 0.368, 0.401; 128: 0.361,
-# 0.333; gated SiLU, rank 32: 0.223, 0.308; 64: 0.320, 0.369; 96: 0.467, 0.484; 128: 0.480, 0.478.
-WHOLE_FASTEST_UP_TO_RANK = 96
-WHOLE_FASTEST_UP_TO_RANK_GATED = 96
-
 # Registers of tiles beyond which ptxas spills. Of 139 kernels in 16 bits compiled for sm_90 with
 # triton 3.6.0, 2026-11-26, none spilled up to 208 but one (48 bytes), and all from 256 on; of the
 # same for sm_80 and sm_86 seven gated ones did, at 128 to 192 (up to 184 bytes). Of 51 in exact

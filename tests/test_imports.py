@@ -78,6 +78,7 @@ ARROWS = {
     "planner": [
         "planner", "memory", "analysis", "reason", "options",
         "kernels.attention_extents", "kernels.attention_tiles", "kernels.chain_tiles",
+        "kernels.shared_memory",
         "kernels.feed_forward_tiles",
         "kernels.feed_forward_whole_tiles", "kernels.lifted_activation_tiles",
         "kernels.feed_forward_blocks", "kernels.siblings_tiles", "kernels.tiles",

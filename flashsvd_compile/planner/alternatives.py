@@ -1,7 +1,6 @@
 """Other ways to run a planned site that hold less: what a memory budget chooses among.
 
-Each takes longer than the plan by an estimate that only has to put them in order: launches for each
-block, and what a lowering loses beyond the ranks that it was measured to be the fastest up to.
+Each takes longer than the plan by an estimate that only has to put them in order.
 """
 
 import math
@@ -23,7 +22,7 @@ from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.attention import plan_attention
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.feed_forward import plan_feed_forward
+from flashsvd_compile.planner.feed_forward import feed_forward_seconds, plan_feed_forward
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.reason import Code, reason_at
 
@@ -88,32 +87,26 @@ def _feed_forward(
 ) -> Iterator[Alternative]:
     site = plan.site
     assert isinstance(site, FeedForwardSite)
-    tokens, width = volume(site.tokens), int(volume(site.width))
-    arms = [site.up] if site.gate is None else [site.up, site.gate]
-    ranks = [arm.rank_size for arm in arms] + [int(volume(site.out))]
-    macs = cost.at(tokens, sizes) * width * sum(ranks)
-    seconds = macs / device.macs_per_s[2 if site.dtype.itemsize <= 2 else 4]
-    limits = cost.FASTEST_UP_TO_RANK if site.gate is None else cost.FASTEST_UP_TO_RANK_GATED
+    tokens, fastest = volume(site.tokens), feed_forward_seconds(plan, device, sizes)
+
+    def alternative(planned: Plan, why: str) -> Alternative:
+        lost = feed_forward_seconds(planned, device, sizes) - fastest
+        return Alternative(_told(planned, why), max(0.0, lost))
+
     for name in ("streamed", "streamed_whole", "row_blocks"):
-        forced = replace(options, feed_forward=name)
-        other = plan_feed_forward(site, device, forced, sizes)
+        other = plan_feed_forward(site, device, replace(options, feed_forward=name), sizes)
         if other.lowering != name:
             continue
-        lost = seconds * max(0.0, max(ranks) / limits[name] - 1) if device.type == "cuda" else 0.0
         if name != "row_blocks":
             if plan.lowering != name:
-                yield Alternative(_told(other, f"{name} holds less"), lost + device.launch_s)
+                yield alternative(other, f"{name} holds less")
             continue
         held = other.transient_bytes / sympy.Min(other.block_rows, tokens)
         for rows in (other.block_rows, *_halves(other.block_rows, LEAST_BLOCK_ROWS)):
-            blocks = math.ceil(cost.at(tokens, sizes) / rows)
-            planned = replace(
-                _told(other, f"blocks of {rows} rows"),
-                block_rows=rows,
-                transient_bytes=held * sympy.Min(rows, tokens),
-            )
+            held_by_rows = held * sympy.Min(rows, tokens)
+            planned = replace(other, block_rows=rows, transient_bytes=held_by_rows)
             if (plan.lowering, plan.block_rows) != (name, rows):
-                yield Alternative(planned, lost + blocks * 3 * device.launch_s)
+                yield alternative(planned, f"blocks of {rows} rows")
 
 
 def _group(arm: Arm, heads: int) -> int:

@@ -1,5 +1,6 @@
 """Attention sites: which of q, k and v stay latents, against SDPA on all of them lifted."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -12,7 +13,7 @@ from flashsvd_compile.kernels import attention_extents, attention_tiles
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, check_dtype, lost, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower, sram_limit
 from flashsvd_compile.planner.tiling import Tiling, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -28,15 +29,44 @@ def plan_attention(
         if arm.factor is not None
     }
     base = cost.attention_cost(unfused, device, hints)
-    best = Plan(site, "unfused", lost(site, "rank_space"), unfused_bytes=base.transient_bytes)
-    best_seconds = base.seconds + sum(lifts.values())
+    unfused_seconds = base.seconds + sum(lifts.values())
+    stays = Plan(
+        site, "unfused", lost(site, "rank_space"), unfused_bytes=base.transient_bytes,
+        seconds=unfused_seconds,
+    )  # fmt: skip
+    rank_space, seconds, why_not = _in_rank_space(site, device, options, hints, lifts)
+    why = why_not or stays.reason
+    rivals = (Rival("rank_space", None, why),)
+    if rank_space is not None:
+        why = stays.reason
+        rivals = (Rival("rank_space", seconds, slower(site, seconds, unfused_seconds)),)
     if options.attention == "unfused":
-        return replace(best, reason=reason_at(site.node, Code.FORCED, "attention='unfused'"))
-    if device.type == "cuda" and site.dtype.itemsize == 4 and options.attention == "auto":
-        return replace(best, reason=_not_measured(site))
-    if options.attention == "rank_space":
-        best_seconds = float("inf")
-    why_not: Reason | None = None
+        why = reason_at(site.node, Code.FORCED, "attention='unfused'")
+    elif rank_space is not None:
+        if options.attention == "auto" and device.type == "cuda" and site.dtype.itemsize == 4:
+            why = _not_measured(site)
+        elif options.attention == "rank_space" or seconds < unfused_seconds:
+            lost_to = slower(site, unfused_seconds, seconds)
+            return replace(
+                rank_space,
+                unfused_bytes=base.transient_bytes,
+                rivals=(Rival("unfused", unfused_seconds, lost_to),),
+            )
+    return replace(stays, reason=why, rivals=rivals)
+
+
+def _in_rank_space(
+    site: AttentionSite,
+    device: Device,
+    options: Options,
+    hints: Mapping[Size, int],
+    lifts: Mapping[str, float],
+) -> tuple[Plan | None, float, Reason | None]:
+    """The fastest choice of arms that stay latents and its seconds, or why there is none.
+
+    ``lifts``: seconds to lift each arm before the site.
+    """
+    best, best_seconds, why_not = None, math.inf, None
     for names in _subsets(list(lifts)):
         candidate = _dense_but(site, names)
         tiling = _attention_tiling(candidate, device, options)
@@ -48,11 +78,9 @@ def plan_attention(
         if seconds < best_seconds:
             best_seconds = seconds
             reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")
-            best = Plan(candidate, "rank_space", reason, found.transient_bytes,
-                        base.transient_bytes, tiling)  # fmt: skip
-    if best.lowering == "unfused" and why_not is not None:
-        return replace(best, reason=why_not)
-    return best
+            best = Plan(candidate, "rank_space", reason, found.transient_bytes, tiling=tiling,
+                        seconds=seconds)  # fmt: skip
+    return best, best_seconds, why_not
 
 
 def _subsets(names: list[str]) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ Library operators and streaming kernels are judged by the same formula, so that 
 what they do: how wide the attention runs, what is lifted where, and what reaches memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -12,36 +12,10 @@ import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
-from flashsvd_compile.kernels.feed_forward_blocks import (
-    CPU_FASTEST_FROM_BLOCKS,
-    ROW_BLOCKS_FASTEST_FROM_ROWS,
-    ROW_BLOCKS_FASTEST_UP_TO_RANK,
-    ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED,
-)
-from flashsvd_compile.kernels.feed_forward_tiles import (
-    STREAMED_FASTEST_FROM_PROGRAMS,
-    STREAMED_FASTEST_UP_TO_RANK,
-    STREAMED_FASTEST_UP_TO_RANK_GATED,
-)
-from flashsvd_compile.kernels.feed_forward_whole_tiles import (
-    WHOLE_FASTEST_UP_TO_RANK,
-    WHOLE_FASTEST_UP_TO_RANK_GATED,
-)
 from flashsvd_compile.planner.device import Device
 
 # The size that an unbounded symbol is judged at when no example size is known.
 UNKNOWN_SIZE = 4096
-
-FASTEST_UP_TO_RANK = {
-    "streamed_whole": WHOLE_FASTEST_UP_TO_RANK,
-    "streamed": STREAMED_FASTEST_UP_TO_RANK,
-    "row_blocks": ROW_BLOCKS_FASTEST_UP_TO_RANK,
-}
-FASTEST_UP_TO_RANK_GATED = {
-    "streamed_whole": WHOLE_FASTEST_UP_TO_RANK_GATED,
-    "streamed": STREAMED_FASTEST_UP_TO_RANK_GATED,
-    "row_blocks": ROW_BLOCKS_FASTEST_UP_TO_RANK_GATED,
-}
 
 
 @dataclass(frozen=True)
@@ -62,17 +36,18 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
     query, key, value = site.query, site.key, site.value
     pairs = batch * heads * rows * keys
     macs = pairs * (_padded(key, device) + _padded(value, device))
-    seconds = at(macs, hints) / device.macs_per_s[_class(element)]
+    macs_per_s = device.macs_per_s[_class(element)] * device.efficiency.attention
+    seconds = at(macs, hints) / macs_per_s
     seconds += at(pairs, hints) / device.exps_per_s
     transient: Size = sympy.Integer(0)
     for arm, count in ((query, rows), (key, keys), (value, keys)):
         lifted = batch * heads * count * arm.width_size
         if arm.factor is not None and arm is not key:
             work = lifted * arm.rank_size
-            seconds += at(work, hints) / device.macs_per_s[_class(element)]
+            seconds += at(work, hints) / macs_per_s
         if arm is query and key.factor is not None:
             work = batch * heads * rows * key.width_size * key.rank_size
-            seconds += at(work, hints) / device.macs_per_s[_class(element)]
+            seconds += at(work, hints) / macs_per_s
         if arm.factor is None:
             seconds += 2 * at(lifted, hints) * element / device.bytes_per_s
             transient += lifted * element
@@ -82,44 +57,8 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
 def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> float:
     """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
     count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
-    work = at(count * arm.rank_size, hints) / device.macs_per_s[_class(site.dtype.itemsize)]
-    return work + device.launch_s
-
-
-def cheapest_feed_forward(
-    site: FeedForwardSite,
-    device: Device,
-    hints: Mapping[Size, int],
-    tiles: Mapping[str, Sequence[int]],
-    block_rows: int,
-) -> str:
-    """The fastest of the lowerings that ``tiles`` names, as measured.
-
-    ``tiles``: what the kernel of each runs, rows first; empty where it has none. On a CPU row
-    blocks are never slower by more than noise as soon as there are two, and save memory. On a GPU
-    ranks up to a limit are streamed where rows give the multiprocessors enough to do, whole up to
-    another; and row blocks save time, not bytes alone, where one kernel lifts and activates.
-    """
-    tokens = at(volume(site.tokens), hints)
-    if device.type != "cuda":
-        return "row_blocks" if tokens >= CPU_FASTEST_FROM_BLOCKS * block_rows else "unfused"
-    if site.dtype.itemsize != 2:
-        return "unfused"
-    rank = max(site.up.rank_size, int(volume(site.out)), site.gate.rank_size if site.gate else 0)
-    limits = FASTEST_UP_TO_RANK_GATED if site.gate else FASTEST_UP_TO_RANK
-    for name in ("streamed_whole", "streamed"):
-        if name in tiles and rank <= limits[name]:
-            programs = tokens / tiles[name][0]
-            if programs >= STREAMED_FASTEST_FROM_PROGRAMS * device.multiprocessors:
-                return name
-    is_lifted_at_once = bool(tiles["row_blocks"])
-    if (
-        is_lifted_at_once
-        and rank <= limits["row_blocks"]
-        and tokens >= ROW_BLOCKS_FASTEST_FROM_ROWS
-    ):
-        return "row_blocks"
-    return "unfused"
+    macs_per_s = device.macs_per_s[_class(site.dtype.itemsize)] * device.efficiency.attention
+    return at(count * arm.rank_size, hints) / macs_per_s + device.launch_s
 
 
 def feed_forward_bytes(site: FeedForwardSite) -> Size:

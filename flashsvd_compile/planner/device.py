@@ -11,6 +11,7 @@ from flashsvd_compile.kernels.devices import (
     multiprocessors_of_device,
     sram_bytes_of_device,
 )
+from flashsvd_compile.planner.efficiency import CPU, GPU, Efficiency
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Device:
     ``sram_bytes``: shared memory that one block may use (0 where no kernel is launched).
     ``generation``: as tables of tiles name it, ``"sm_90"``; empty where no kernel is launched.
     ``macs_per_s``: multiply-adds a second of a large matmul, by bytes an element.
+    ``efficiency``: what operators and kernels reach of these rates.
     ``exps_per_s``: softmax elements a second. ``bytes_per_s``: copy, read plus written.
     ``launch_s``: the least time of one operator. ``multiprocessors``: blocks that run at once.
     """
@@ -33,11 +35,12 @@ class Device:
     launch_s: float
     generation: str = ""
     multiprocessors: int = 0
+    efficiency: Efficiency = GPU
 
 
-# One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured; half of
-# the matmul rate is what attention kernels reach. 16 exponentials a clock and SM at 1.7 GHz.
-_HOPPER_MACS = {2: 2.0e14, 4: 1.9e13}
+# One H100 80GB HBM3 (132 SMs): bf16 8192³ matmul 798 TFLOP/s and copy 3.0 TB/s measured. 16
+# exponentials a clock and SM at 1.7 GHz.
+_HOPPER_MACS = {2: 4.0e14, 4: 2.5e13}
 _HOPPER_MULTIPROCESSORS = 132
 _HOPPER_BYTES = 3.0e12
 _HOPPER_EXPS = 16 * _HOPPER_MULTIPROCESSORS * 1.7e9
@@ -53,7 +56,7 @@ def device_for(device: torch.device) -> Device:
     if device.type != "cuda":
         cores = torch.get_num_threads() / 2
         macs = {size: rate * cores for size, rate in _CPU_MACS.items()}
-        return Device("cpu", device.type, 0, macs, 4.0e8 * cores, 1.5e10, 5e-6)
+        return Device("cpu", device.type, 0, macs, 4.0e8 * cores, 1.5e10, 5e-6, efficiency=CPU)
     multiprocessors = multiprocessors_of_device(device, 0)
     share = multiprocessors / _HOPPER_MULTIPROCESSORS
     return gpu(

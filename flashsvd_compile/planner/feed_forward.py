@@ -1,5 +1,6 @@
 """Feed-forward sites: streamed, streamed whole, in blocks of rows, or as they are."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -7,17 +8,26 @@ from typing import Any
 import sympy
 
 from flashsvd_compile.analysis.axes import Size, volume
-from flashsvd_compile.analysis.site_records import FeedForwardSite
+from flashsvd_compile.analysis.site_records import FeedForwardSite, Outer
 from flashsvd_compile.kernels import (
     feed_forward_blocks,
     feed_forward_tiles,
     feed_forward_whole_tiles,
     lifted_activation_tiles,
 )
+from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
+from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, check_dtype, lost, sram_limit
+from flashsvd_compile.planner.feed_forward_cost import (
+    FeedForwardShape,
+    row_blocks_seconds,
+    streamed_seconds,
+    streamed_whole_seconds,
+    unfused_seconds,
+)
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower, sram_limit
 from flashsvd_compile.planner.tiling import only_tile, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -25,27 +35,79 @@ from flashsvd_compile.reason import Code, Reason, reason_at
 def plan_feed_forward(
     site: FeedForwardSite, device: Device, options: Options, hints: Mapping[Size, int]
 ) -> Plan:
+    """The fastest legal lowering, as predicted, or the one that is forced."""
     base = cost.feed_forward_bytes(site)
-    unfused = Plan(site, "unfused", lost(site, "streamed and row_blocks"), base, base)
-    streamed = _streamed(site, device, options)
-    row_blocks = _row_blocks(site, device, options)
-    whole = _streamed_whole(site, device, options)
-    legal = {"row_blocks": row_blocks, "unfused": unfused}
-    for name, found in (("streamed", streamed), ("streamed_whole", whole)):
-        if isinstance(found, Plan):
-            legal[name] = found
-    if (forced := options.feed_forward) == "auto":
-        tiles = {name: plan.tile for name, plan in legal.items()}
-        fastest = cost.cheapest_feed_forward(site, device, hints, tiles, row_blocks.block_rows)
-        plan = legal[fastest]
-        reason = plan.reason
-    elif forced in legal:
-        plan, reason = legal[forced], reason_at(site.node, Code.FORCED, f"feed_forward={forced!r}")
-    else:
-        problem = whole if forced == "streamed_whole" else streamed
-        assert isinstance(problem, Reason)
-        plan, reason = unfused, problem
-    return replace(plan, reason=reason, unfused_bytes=base)
+    ways: dict[str, Plan | Reason] = {
+        "unfused": Plan(site, "unfused", lost(site, "streamed and row_blocks"), base),
+        "streamed": _streamed(site, device, options),
+        "streamed_whole": _streamed_whole(site, device, options),
+        "row_blocks": _row_blocks(site, device, options),
+    }
+    seconds = {
+        name: feed_forward_seconds(way, device, hints)
+        for name, way in ways.items()
+        if isinstance(way, Plan)
+    }
+    forced = options.feed_forward
+    name = forced
+    if forced == "auto":
+        name = "unfused" if _is_exact(site, device) else min(seconds, key=lambda n: seconds[n])
+    plan = ways[name]
+    if isinstance(plan, Reason):
+        unfused = ways["unfused"]
+        assert isinstance(unfused, Plan)
+        name, plan = "unfused", replace(unfused, reason=plan)
+    elif forced != "auto":
+        plan = replace(plan, reason=reason_at(site.node, Code.FORCED, f"feed_forward={forced!r}"))
+    rivals = [
+        Rival(other, None, way)
+        if isinstance(way, Reason)
+        else Rival(other, seconds[other], slower(site, seconds[other], seconds[name]))
+        for other, way in ways.items()
+        if other != name
+    ]
+    return replace(
+        plan,
+        unfused_bytes=base,
+        seconds=seconds[name],
+        rivals=tuple(sorted(rivals, key=lambda r: r.seconds if r.seconds else math.inf)),
+    )
+
+
+def _is_exact(site: FeedForwardSite, device: Device) -> bool:
+    """float32 on a GPU has no tensor cores, unless TF32 is allowed: within 2% nothing was gained
+    by blocks of rows (same measurements as the efficiencies), much lost by streaming."""
+    return device.type == "cuda" and site.dtype.itemsize == 4
+
+
+def _shape(site: FeedForwardSite, hints: Mapping[Size, int]) -> FeedForwardShape:
+    arms = [site.up] if site.gate is None else [site.up, site.gate]
+    outer = site.outer
+    hidden_sizes = None
+    if isinstance(outer, Outer):
+        hidden_sizes = int(volume(outer.up.hidden)), int(volume(outer.exit.width))
+    return FeedForwardShape(
+        rows=max(1.0, cost.at(volume(site.tokens), hints)),
+        width=int(volume(site.width)),
+        lift_ranks=tuple(arm.rank_size for arm in arms),
+        rank_down=int(volume(site.out)),
+        element_bytes=site.dtype.itemsize,
+        hidden_sizes=hidden_sizes,
+    )
+
+
+def feed_forward_seconds(plan: Plan, device: Device, hints: Mapping[Size, int]) -> float:
+    """What ``plan`` takes, as predicted; with outer factors where a lowering could take them in."""
+    assert isinstance(plan.site, FeedForwardSite)
+    of = _shape(plan.site, hints)
+    if plan.lowering == "unfused":
+        return unfused_seconds(of, device)
+    if plan.lowering == "row_blocks":
+        tile = TileConfig(*plan.tile) if plan.tile else None
+        return row_blocks_seconds(of, device, plan.block_rows, tile)
+    if plan.lowering == "streamed":
+        return streamed_seconds(of, device, TileConfig(*plan.tile))
+    return streamed_whole_seconds(of, device, WholeTile(*plan.tile))
 
 
 def _streamed(site: FeedForwardSite, device: Device, options: Options) -> Plan | Reason:

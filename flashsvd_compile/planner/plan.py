@@ -21,6 +21,15 @@ from flashsvd_compile.reason import Code, Reason, reason_at
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Another way to run a site: how long it would take, None where it cannot, and why it lost."""
+
+    lowering: str
+    seconds: float | None
+    reason: Reason
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a site will run.
 
@@ -28,6 +37,8 @@ class Plan:
     ``tile`` (the fields of a kernel's tile), ``block_rows`` or ``blocks`` where the lowering has
     them; ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the
     site will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
+    ``seconds`` as predicted at the example sizes, None where nothing was; ``rivals``: the other
+    lowerings, the fastest first.
     """
 
     site: Site
@@ -38,6 +49,8 @@ class Plan:
     tiling: Tiling | None = None
     block_rows: int = 0
     blocks: AttentionBlocks | None = None
+    seconds: float | None = None
+    rivals: tuple[Rival, ...] = ()
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -81,3 +94,9 @@ def check_dtype(site: Site) -> Reason | None:
 def sram_limit(device: Device, options: Options) -> int:
     """Bytes of shared memory that a block may take."""
     return min(options.sram_budget or device.sram_bytes, device.sram_bytes)
+
+
+def slower(site: Site, seconds: float, best_seconds: float) -> Reason:
+    """Why a rival lost that could have run."""
+    ratio = f"{seconds / best_seconds:.2f} times as long" if best_seconds else "longer"
+    return reason_at(site.node, Code.NOT_PROFITABLE, f"{ratio}, as predicted")

@@ -39,8 +39,10 @@ def sites_of(fn, *inputs):
 
 
 def attention_inputs(rank, batch=2, heads=4, length=64, head_dim=64, dtype=torch.bfloat16):
-    latents = [torch.randn(batch, heads, length, rank, dtype=dtype) for _ in range(3)]
-    factors = [torch.randn(heads, rank, head_dim, dtype=dtype) for _ in range(3)]
+    latents = [
+        torch.empty(batch, heads, length, rank, dtype=dtype, device="meta") for _ in range(3)
+    ]
+    factors = [torch.empty(heads, rank, head_dim, dtype=dtype, device="meta") for _ in range(3)]
     return *latents, *factors
 
 
@@ -54,7 +56,7 @@ def feed_forward(p, up, down):
 
 def feed_forward_inputs(rank, rows=8192, width=3072, dtype=torch.bfloat16):
     shapes = (rows, rank), (rank, width), (width, rank)
-    return tuple(torch.randn(*shape, dtype=dtype) for shape in shapes)
+    return tuple(torch.empty(*shape, dtype=dtype, device="meta") for shape in shapes)
 
 
 def whole_feed_forward(x, u1, v1, u2, v2):
@@ -63,7 +65,7 @@ def whole_feed_forward(x, u1, v1, u2, v2):
 
 def whole_feed_forward_inputs(rank, rows=8192, hidden=768, width=3072):
     shapes = (rows, hidden), (hidden, rank), (rank, width), (width, rank), (rank, hidden)
-    return tuple(torch.randn(*shape, dtype=torch.bfloat16) for shape in shapes)
+    return tuple(torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
 
 
 def chain(x, u, v):
@@ -72,7 +74,7 @@ def chain(x, u, v):
 
 def chain_plan(rows, rank, width=768, options=None, device=HOPPER):
     shapes = (rows, width), (width, rank), (rank, width)
-    inputs = [torch.randn(*shape, dtype=torch.bfloat16) for shape in shapes]
+    inputs = [torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
     sites, hints = sites_of(chain, *inputs)
     (site,) = sites
     return plan_site(site, device, Options.parse(options), hints)
@@ -101,8 +103,8 @@ def shared_latent_attention(x, vq, vk, vv):
 
 def test_a_latent_far_wider_than_a_head_is_lifted_before():
     """One latent of rank 48 for 4 heads of 16: keys at width 48 would cost three times."""
-    x = torch.randn(4, 4096, 48, dtype=torch.bfloat16)
-    factors = [torch.randn(64, 48, dtype=torch.bfloat16) for _ in range(3)]
+    x = torch.empty(4, 4096, 48, dtype=torch.bfloat16, device="meta")
+    factors = [torch.empty(64, 48, dtype=torch.bfloat16, device="meta") for _ in range(3)]
     plan = plan_of(shared_latent_attention, (x, *factors))
     assert plan.lowering == "unfused" or plan.site.key.factor is None
 
@@ -170,27 +172,40 @@ def test_plans_say_where_tiles_come_from():
 
 
 def test_large_ranks_leave_the_feed_forward_to_library_matmuls():
-    assert plan_of(feed_forward, feed_forward_inputs(64)).lowering == "streamed"
-    assert plan_of(feed_forward, feed_forward_inputs(1024)).lowering == "unfused"
+    plans = {rank: plan_of(feed_forward, feed_forward_inputs(rank)) for rank in (64, 1024)}
+    assert plans[64].lowering == "streamed"
+    assert plans[1024].lowering != "streamed"
+    without_tile = replace(HOPPER, generation="sm_80")
+    assert plan_of(feed_forward, feed_forward_inputs(1024), without_tile).lowering == "unfused"
 
 
 @pytest.mark.parametrize(
-    ("rank", "rows", "lowering"),
-    [
-        (64, 256, "unfused"),
-        (64, 4096, "unfused"),
-        (64, 8192, "streamed"),
-        (240, 8192, "unfused"),
-        (240, 16384, "streamed"),
-    ],
+    ("rank", "rows", "is_streamed"),
+    [(64, 256, False), (64, 8192, True), (240, 4096, False), (240, 16384, True)],
 )
-def test_streaming_waits_for_rows_that_fill_the_multiprocessors(rank, rows, lowering):
-    inputs = feed_forward_inputs(rank, rows=rows)
-    assert plan_of(feed_forward, inputs).lowering == lowering
-    fewer = replace(HOPPER, multiprocessors=16)
-    assert plan_of(feed_forward, inputs, fewer).lowering == (
-        "unfused" if rows == 256 else "streamed"
-    )
+def test_streaming_waits_for_rows_that_fill_the_multiprocessors(rank, rows, is_streamed):
+    plan = plan_of(feed_forward, feed_forward_inputs(rank, rows=rows))
+    assert (plan.lowering == "streamed") == is_streamed
+
+
+def test_a_plan_tells_what_it_takes_and_why_others_lost():
+    plan = plan_of(feed_forward, feed_forward_inputs(64, rows=16384))
+    assert plan.lowering == "streamed"
+    runner_up, *others = plan.rivals
+    assert {r.lowering for r in plan.rivals} == {"row_blocks", "unfused", "streamed_whole"}
+    assert plan.seconds < runner_up.seconds
+    assert runner_up.reason.code is Code.NOT_PROFITABLE
+    assert "times as long" in str(runner_up.reason)
+    assert others[-1].lowering == "streamed_whole"  # its latent is an input
+    assert (others[-1].seconds, others[-1].reason.code) == (None, Code.NO_LOW_RANK_OPERAND)
+
+
+def test_a_slower_memory_makes_streaming_pay_earlier():
+    """What streaming saves is traffic."""
+    inputs = feed_forward_inputs(240, rows=8192)
+    assert plan_of(feed_forward, inputs).lowering != "streamed"
+    slower = replace(HOPPER, bytes_per_s=HOPPER.bytes_per_s / 4)
+    assert plan_of(feed_forward, inputs, slower).lowering == "streamed"
 
 
 def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
@@ -202,7 +217,7 @@ def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
     assert found.tile
     assert 0 < found.sram_bytes <= HOPPER.sram_bytes
     assert found.transient_bytes * 2 <= found.unfused_bytes
-    assert plan(384, 2048).lowering == "unfused"
+    assert plan(384, 256).lowering == "unfused"
     assert plan(384, 16384, device=replace(HOPPER, generation="sm_80")).lowering == "unfused"
     assert plan(384, 16384, {"sram_budget": "48KiB"}).lowering == "unfused"
 
