@@ -72,6 +72,7 @@ ARROWS = {
     "memory": ["memory", "analysis", "reason"],
     "normalize": [],
     "factoring": ["factoring", "analysis", "compress.linears", "compress.svd", "reason"],
+    "timing": [],
     "options": [],
     "reason": [],
     "analysis": ["analysis", "reason", "kernels.activations", "kernels.siblings_tiles"],
