@@ -21,6 +21,7 @@ from flashsvd_compile.analysis.site_records import (
     ChainSite,
     FeedForwardSite,
     SiblingsSite,
+    Site,
     Skip,
 )
 from flashsvd_compile.analysis.sites import find_sites
@@ -63,6 +64,7 @@ from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 class Rewritten:
     """A rewritten graph and the story of how it came about.
 
+    ``found``: by its node, each site as it was before a plan chose which of its arms to lift.
     ``factoring``: what became of its dense weights, None where that was not asked. ``feed``: what
     makes the factors that it takes as inputs behind the given ones, None where it takes none.
     """
@@ -75,6 +77,7 @@ class Rewritten:
     seconds: dict[str, float]
     lowered: Mapping[fx.Node, Lowered]
     sizes: Mapping[Size, int]
+    found: Mapping[fx.Node, Site]
     factoring: Factoring | None = None
     feed: Feed | None = None
 
@@ -174,8 +177,9 @@ def rewrite(
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
     found = Rewritten(
-        module, before, module.code, *told, clock.laps, lowered, largest, factoring, feed
-    )
+        module, before, module.code, *told, clock.laps, lowered, largest,
+        {site.node: site for site in (*sites, *siblings)}, factoring, feed,
+    )  # fmt: skip
     if options.memory_budget is None:
         return found
     over = found.peak.transient_bytes - options.memory_budget

@@ -109,7 +109,9 @@ def outputs_last():
 
 
 @pytest.mark.parametrize(
-    ("fn", "transient"), [(kept, 0), (overlapping, 4), (outputs_last, 4)], ids=str
+    ("fn", "transient"),
+    [(kept, 0), (overlapping, 4), (outputs_last, 4)],
+    ids=["kept", "overlapping", "outputs last"],
 )
 def test_outputs_are_told_apart_on_a_cpu(fn, transient):
     found = measured_peak(fn, "cpu")
