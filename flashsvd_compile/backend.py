@@ -34,7 +34,7 @@ def flashsvd(
     """
     parsed = Options.parse(options, mode)
     try:
-        rewritten = rewrite(gm, example_inputs, parsed)
+        rewritten = rewrite(gm, example_inputs, parsed, walk_untouched=parsed.debug_dir is not None)
     except BudgetError:
         raise
     except Exception:

@@ -1,10 +1,12 @@
 """``explain``: what the backend would do to a model, without compiling anything."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ from torch import fx, nn
 
 from flashsvd_compile.factoring.records import Factoring, tables
 from flashsvd_compile.memory.peak import Peak
+from flashsvd_compile.memory.picture import figure_of
+from flashsvd_compile.memory.timeline import Timelines
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import Rewritten, rewrite
+from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.named_devices import device_named
 from flashsvd_compile.report import (
     SiteReport,
@@ -39,15 +44,17 @@ class Explanation:
 
     ``sites``: see :class:`SiteReport`; near-misses have ``lowering`` None. ``graphs``: the code
     before and after, one pair for each graph. ``peaks``: what each graph will hold at most, as
-    predicted for inference under Inductor. ``device``: the one that was asked for, None where
-    the tensors' own counted. ``factoring``: what became of the dense weights of each graph; empty
-    where options do not ask for that. ``str()`` is the table.
+    predicted for inference under Inductor; ``memory``: all that each holds on the way, untouched
+    and rewritten. ``device``: the one that was
+    asked for, None where the tensors' own counted. ``factoring``: what became of the dense weights
+    of each graph; empty where options do not ask for that. ``str()`` is the tables.
     """
 
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphPair, ...]
     seconds: tuple[Mapping[str, float], ...]
     peaks: tuple[Peak, ...]
+    memory: tuple[Timelines, ...]
     device: str | None = None
     factoring: tuple[Factoring, ...] = ()
 
@@ -72,9 +79,17 @@ class Explanation:
             "graphs": [{"before": g.before, "after": g.after} for g in self.graphs],
             "seconds": [dict(laps) for laps in self.seconds],
             "peaks": [peak.to_dict() for peak in self.peaks],
+            "memory": [timelines.to_dict() for timelines in self.memory],
             "device": self.device,
             "factoring": [factoring.to_dict() for factoring in self.factoring],
         }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture of ``memory``, as a PNG or what the ending of ``path`` says.
+
+        Raises ImportError where there is no matplotlib.
+        """
+        figure_of(self.memory).savefig(path)
 
 
 def explain(
@@ -100,28 +115,41 @@ def explain(
     """
     parsed = Options.parse(options)
     planned_for = None if device is None else device_named(device)
-    found: list[Rewritten] = []
-    errors: list[Exception] = []
-
-    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            found.append(rewrite(gm, example_inputs, parsed, may_measure=False, device=planned_for))
-        except Exception as error:  # Dynamo would wrap it, or suppress it
-            errors.append(error)
-        return gm.forward
-
-    with _apart_from_other_compiles() as apart:
-        torch.compile(_inner(model), backend=collect, **apart)(*args, **kwargs)
-    if errors:
-        raise errors[0]
+    call = partial(_inner(model), *args, **kwargs)
+    found = _traced(call, parsed, planned_for)
     return Explanation(
         tuple(site for r in found for site in site_reports(r)),
         tuple(GraphPair(r.before, r.after) for r in found),
         tuple(r.seconds for r in found),
         tuple(r.peak for r in found),
+        tuple(r.timelines for r in found),
         None if planned_for is None else planned_for.name,
         tuple(r.factoring for r in found if r.factoring is not None),
     )
+
+
+def _traced(call: partial[Any], options: Options, device: Device | None) -> list[Rewritten]:
+    """What the passes make of each graph of ``call``."""
+    found: list[Rewritten] = []
+    errors: list[Exception] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            found.append(
+                rewrite(
+                    gm, example_inputs, options,
+                    may_measure=False, device=device, walk_untouched=True,
+                )
+            )  # fmt: skip
+        except Exception as error:  # Dynamo would wrap it, or suppress it
+            errors.append(error)
+        return gm.forward
+
+    with _apart_from_other_compiles() as apart:
+        torch.compile(call.func, backend=collect, **apart)(*call.args, **call.keywords)
+    if errors:
+        raise errors[0]
+    return found
 
 
 def _inner(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from flashsvd_compile.analysis.site_records import (
     SiblingsSite,
     Site,
 )
+from flashsvd_compile.memory.picture import png_of
 from flashsvd_compile.pipeline import Rewritten
 from flashsvd_compile.planner.cost import at
 from flashsvd_compile.planner.flops import flops_of
@@ -184,16 +185,18 @@ _COLUMNS: dict[str, Callable[[SiteReport], str]] = {
 
 
 def dump(directory: Path, rewritten: Rewritten) -> None:
-    """Write the graph before and after, the sites as JSON and the report as text.
+    """Write the graph before and after, the sites as JSON, the report as text, and the picture of
+    what the graph holds, for which matplotlib is needed.
 
-    They lie in ``directory/graph_K``, K the first that is free, also among several processes; the
-    four appear together or not at all.
+    They lie in ``directory/graph_K``, K the first that is free, also among several processes; they
+    appear together or not at all.
     """
     sites = site_reports(rewritten)
     record: dict[str, Any] = {
         "sites": [s.to_dict() for s in sites],
         "seconds": rewritten.seconds,
         "peak": rewritten.peak.to_dict(),
+        "memory": rewritten.timelines.to_dict(),
     }
     text = f"{summary(sites)}; {time_of_passes(rewritten.seconds)}\n\n{site_table(sites)}\n"
     text += f"\nholds at most {rewritten.peak}\n"
@@ -201,15 +204,19 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
         record["factoring"] = factoring.to_dict()
         text += f"\n{factoring.table()}\n"
     contents = {
-        "before.py": rewritten.before,
-        "after.py": rewritten.after,
-        "sites.json": json.dumps(record, indent=2),
-        "report.txt": text,
+        "before.py": rewritten.before.encode(),
+        "after.py": rewritten.after.encode(),
+        "sites.json": json.dumps(record, indent=2).encode(),
     }
+    try:
+        contents["memory.png"] = png_of([rewritten.timelines])
+    except ImportError as error:
+        text += f"\n{error}\n"
+    contents["report.txt"] = text.encode()
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".graph_", dir=directory))
-    for name, text in contents.items():
-        (unfinished / name).write_text(text)
+    for name, content in contents.items():
+        (unfinished / name).write_bytes(content)
     unfinished.chmod(0o755)
     for index in itertools.count():
         target = directory / f"graph_{index}"

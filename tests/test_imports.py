@@ -63,9 +63,9 @@ def _within(room: str) -> list[str]:
 # room or module -> what it may import of this package, by prefix
 ARROWS = {
     "backend": ["explanation", "report", "fingerprint", "pipeline", "options", "planner.budget"],
-    "explanation": ["report", "pipeline", "factoring.records", "planner.named_devices", "options",
-                    "memory.peak"],
-    "report": ["pipeline", "analysis", "planner", "reason", "units"],
+    "explanation": ["report", "pipeline", "factoring.records", "memory",
+                    "planner.device", "planner.named_devices", "options"],
+    "report": ["pipeline", "analysis", "planner", "memory", "reason", "units"],
     "fingerprint": ["options"],
     "pipeline": ["normalize", "factoring", "analysis", "planner", "memory", "lowering", "tuning",
                  "options", "reason"],

@@ -18,8 +18,9 @@ class MeasuredPeak:
     """The most bytes at once beyond what was live before a call.
 
     ``total_bytes``: its outputs included. ``transient_bytes``: without them, which may be at
-    another moment. ``is_least``: only the allocator's peak is known, so that ``transient_bytes`` is
-    what it is at least, if all outputs were held then.
+    another moment; memory in which an output ends up is an output's all along. ``is_least``: only
+    the allocator's peak is known, so that ``transient_bytes`` is what it is at least, if all
+    outputs were held then.
     """
 
     total_bytes: int
