@@ -25,6 +25,7 @@ from flashsvd_compile.planner.cost import at
 from flashsvd_compile.planner.flops import flops_of
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.reason import Reason
+from flashsvd_compile.totals import totals_of
 from flashsvd_compile.units import bytes_text, flops_text
 
 
@@ -191,15 +192,16 @@ def dump(directory: Path, rewritten: Rewritten) -> None:
     They lie in ``directory/graph_K``, K the first that is free, also among several processes; they
     appear together or not at all.
     """
-    sites = site_reports(rewritten)
+    sites, totals = site_reports(rewritten), totals_of([rewritten])
     record: dict[str, Any] = {
         "sites": [s.to_dict() for s in sites],
         "seconds": rewritten.seconds,
         "peak": rewritten.peak.to_dict(),
+        "totals": totals.to_dict(),
         "memory": rewritten.timelines.to_dict(),
     }
     text = f"{summary(sites)}; {time_of_passes(rewritten.seconds)}\n\n{site_table(sites)}\n"
-    text += f"\nholds at most {rewritten.peak}\n"
+    text += f"\n{totals}\n\nholds at most {rewritten.peak}\n"
     if (factoring := rewritten.factoring) is not None:
         record["factoring"] = factoring.to_dict()
         text += f"\n{factoring.table()}\n"

@@ -79,7 +79,7 @@ def test_text_and_json():
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
     assert set(record) == {
-        "sites", "graphs", "seconds", "peaks", "memory", "device", "factoring",
+        "sites", "graphs", "seconds", "peaks", "memory", "totals", "device", "factoring",
     }  # fmt: skip
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",

@@ -63,9 +63,11 @@ def _within(room: str) -> list[str]:
 # room or module -> what it may import of this package, by prefix
 ARROWS = {
     "backend": ["explanation", "report", "fingerprint", "pipeline", "options", "planner.budget"],
-    "explanation": ["report", "pipeline", "factoring.records", "memory",
-                    "planner.device", "planner.named_devices", "options"],
-    "report": ["pipeline", "analysis", "planner", "memory", "reason", "units"],
+    "explanation": ["report", "totals", "measurement", "pipeline", "factoring.records", "memory",
+                    "planner.device", "planner.named_devices", "options", "analysis.calls"],
+    "report": ["totals", "pipeline", "analysis", "planner", "memory", "reason", "units"],
+    "totals": ["measurement", "pipeline", "planner", "memory", "units"],
+    "measurement": ["memory", "timing"],
     "fingerprint": ["options"],
     "pipeline": ["normalize", "factoring", "analysis", "planner", "memory", "lowering", "tuning",
                  "options", "reason"],

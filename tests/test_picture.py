@@ -6,25 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
 
 import flashsvd_compile as fsc
 from flashsvd_compile.memory.picture import figure_of
-from tests.spelled import OPTIONS, low_rank
-from tests.test_totals import Gated
+from tests.spelled import OPTIONS
+from tests.test_totals import Model
 
 pytestmark = pytest.mark.usefixtures("fresh_inference")
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = low_rank(30, 44, 3), low_rank(30, 44, 4)
-        self.mlp = Gated()
-
-    def forward(self, x):
-        return x + self.mlp(x), self.left(x) * self.right(x)
-
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MIB = 2**20

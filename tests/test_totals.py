@@ -1,4 +1,6 @@
-"""FLOPs by hand on odd sizes."""
+"""FLOPs by hand on odd sizes, totals of a model, and what was measured beside what was planned."""
+
+import json
 
 import pytest
 import sympy
@@ -134,3 +136,134 @@ def test_the_table_has_units():
     (line,) = [line for line in str(told).splitlines() if line.startswith("attention")]
     for part in ("KiB", "MFLOP of", "0 bytes of 576 KiB"):
         assert part in line
+
+
+# ---- all sites ----------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Its first chains read the same x: they are siblings, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = low_rank(HIDDEN, 44, 3), low_rank(HIDDEN, 44, 4)
+        self.mlp = Gated()
+
+    def forward(self, x):
+        return x + self.mlp(x), self.left(x) * self.right(x)
+
+
+def test_no_product_counts_twice():
+    told = fsc.explain(Model(), hidden_states(), options=OPTIONS)
+    assert sorted(s.kind for s in told.sites) == ["chain"] * 3 + ["feed_forward", "siblings"]
+    feed_forward = 44 * (4 + 5 + 6) + HIDDEN * (4 + 5 + 6)
+    chains = (HIDDEN + 44) * (3 + 4)
+    assert told.totals.flops == told.totals.unfused_flops == 2 * TOKENS * (feed_forward + chains)
+    assert (told.totals.sites, told.totals.rewritten) == (5, 1)
+
+
+def test_totals_of_a_model():
+    x = hidden_states(4, 128)
+    told = fsc.explain(Attention(), x, x, options={"attention": "rank_space"})
+    totals = told.totals
+    assert totals.flops < totals.unfused_flops
+    assert totals.transient_bytes == told.peaks[0].transient_bytes
+    assert totals.total_bytes == told.peaks[0].total_bytes
+    untouched = fsc.explain(Attention(), x, x, options={"attention": "unfused"})
+    assert totals.untouched_transient_bytes == untouched.totals.transient_bytes
+    assert totals.untouched_total_bytes == untouched.totals.total_bytes
+    assert totals.measured is None
+    assert "measured" not in str(totals)
+    assert str(totals) in str(told)
+
+
+def test_totals_of_several_graphs():
+    model, x = Model(), hidden_states()
+
+    def broken(x):
+        y, z = model(x)
+        torch._dynamo.graph_break()
+        return model(y)[0], z
+
+    one = fsc.explain(model, x, options=OPTIONS).totals
+    both = fsc.explain(broken, x, options=OPTIONS).totals
+    assert both.flops < 2 * one.flops  # nobody reads the second product of chains
+    assert both.rewritten == 2
+
+
+def test_debug_dir_has_totals(tmp_path):
+    options = {**OPTIONS, "debug_dir": tmp_path}
+    model, x = Model(), hidden_states()
+    torch.compile(model, backend="flashsvd", options=options)(x)
+    record = json.loads((tmp_path / "graph_0" / "sites.json").read_text())
+    totals = fsc.explain(model, x, options=OPTIONS).totals
+    assert record["totals"] == totals.to_dict()
+    assert str(totals) in (tmp_path / "graph_0" / "report.txt").read_text()
+
+
+# ---- measured -----------------------------------------------------------------------------------
+
+
+def test_measured_on_a_cpu():
+    model = nn.Sequential(Gated(), Gated())
+    told = fsc.explain(model, hidden_states(4, 512), options=OPTIONS, measure=True)
+    measured = told.totals.measured
+    assert told.totals.transient_bytes < told.totals.untouched_transient_bytes
+    assert measured.device == "cpu"
+    assert measured.compiled.peak.total_bytes == pytest.approx(told.totals.total_bytes, rel=0.05)
+    assert measured.compiled.peak.total_bytes < measured.eager.peak.total_bytes
+    assert min(measured.eager.milliseconds, measured.compiled.milliseconds) > 0
+    assert json.loads(json.dumps(told.to_dict()))["totals"]["measured"]["device"] == "cpu"
+    text = str(told)
+    for part in ("measured, eager", "measured, compiled", "milliseconds of a call"):
+        assert part in text
+
+
+def test_measuring_goes_through_the_backend_with_its_options(tmp_path):
+    options = {**OPTIONS, "debug_dir": str(tmp_path)}
+    fsc.explain(Gated(), hidden_states(), options=options, measure=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["graph_0"]
+
+
+def test_measuring_leaves_later_compiles_as_they_were():
+    model, compiles = Gated(), []
+
+    def count(gm, example_inputs):
+        compiles.append(gm)
+        return gm.forward
+
+    run = torch.compile(model, backend=count)
+    run(hidden_states())
+    fsc.explain(model, hidden_states(3), options=OPTIONS, measure=True)
+    run(hidden_states())
+    assert len(compiles) == 1
+
+
+@pytest.mark.parametrize("device", ["h100", "A10"])
+def test_a_device_by_name_is_not_measured(device):
+    with pytest.raises(ValueError, match=rf"on cpu, .* not device='{device}': leave one"):
+        fsc.explain(Gated(), hidden_states(), device=device, measure=True)
+
+
+@pytest.mark.parametrize("device", [None, "h100"])
+def test_tensors_without_values_are_not_measured(device):
+    with pytest.raises(ValueError, match=r"measure=True runs the model, .* meta hold no values"):
+        fsc.explain(*on_meta(Gated(), hidden_states()), device=device, measure=True)
+
+
+def test_the_own_device_may_be_named():
+    told = fsc.explain(Gated(), hidden_states(), options=OPTIONS, device="cpu", measure=True)
+    assert told.totals.measured is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measured_on_a_gpu():
+    mlp = nn.Sequential(*low_rank(64, 512, 16), nn.GELU(), *low_rank(512, 64, 16))
+    x = torch.randn(32, 512, 64, dtype=torch.bfloat16, device="cuda")
+    told = fsc.explain(mlp.bfloat16().cuda(), x, measure=True)
+    measured = told.totals.measured
+    assert measured.device.startswith("cuda")
+    assert measured.compiled.peak.is_least
+    assert measured.compiled.peak.total_bytes == pytest.approx(told.totals.total_bytes, rel=0.1)
+    assert min(measured.eager.milliseconds, measured.compiled.milliseconds) > 0
