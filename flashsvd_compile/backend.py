@@ -34,7 +34,7 @@ def flashsvd(
     """
     parsed = Options.parse(options, mode)
     try:
-        rewritten = rewrite(gm, example_inputs, parsed)
+        rewritten = rewrite(gm, example_inputs, parsed, walk_untouched=parsed.debug_dir is not None)
     except BudgetError:
         raise
     except Exception:
@@ -60,7 +60,8 @@ def _tell(rewritten: Rewritten, options: Options) -> None:
         refused = rewritten.factoring.refused is not None
         log.log(logging.WARNING if refused else logging.INFO, rewritten.factoring.summary())
         log.debug("weights\n%s", rewritten.factoring.table())
-    log.debug("sites\n%s", site_table(sites))
+    if log.isEnabledFor(logging.DEBUG):  # counting FLOPs takes its time
+        log.debug("sites\n%s", site_table(sites))
     log.debug("graph before\n%s", rewritten.before)
     log.debug("graph after\n%s", rewritten.after)
     if options.debug_dir is not None:

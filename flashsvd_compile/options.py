@@ -48,8 +48,8 @@ class Options:
     ``keep``, ``weight_budget``: factor the dense weights of a model in inference while compiling
     it, to this share of each one's parameters, in (0, 1), or so that those of one graph fit into
     this many bytes, a number or ``"200MiB"``; at most one of the two. None factors nothing.
-    ``debug_dir``: a directory that gets every graph before and after, the sites as JSON and the
-    report as text.
+    ``debug_dir``: a directory that gets every graph before and after, the sites as JSON, the report
+    as text, and a picture of what the graph holds before and after, if matplotlib is there.
     ``inductor``: every other option is Inductor's own and is passed through. As in torch, a dash
     in a name is an underscore.
     """

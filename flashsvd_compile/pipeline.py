@@ -21,6 +21,7 @@ from flashsvd_compile.analysis.site_records import (
     ChainSite,
     FeedForwardSite,
     SiblingsSite,
+    Site,
     Skip,
 )
 from flashsvd_compile.analysis.sites import find_sites
@@ -44,6 +45,7 @@ from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.memory.liveness import MemoryProfile, walk
 from flashsvd_compile.memory.peak import Peak, peak_of
+from flashsvd_compile.memory.timeline import Timelines, steps_of
 from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
@@ -63,6 +65,9 @@ from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
 class Rewritten:
     """A rewritten graph and the story of how it came about.
 
+    ``found``: by its node, each site as it was before a plan chose which of its arms to lift.
+    ``launches``: by our operators in the graph, the kind of their site. ``untouched``: what the
+    graph would hold as it was, None where that was not asked.
     ``factoring``: what became of its dense weights, None where that was not asked. ``feed``: what
     makes the factors that it takes as inputs behind the given ones, None where it takes none.
     """
@@ -75,13 +80,30 @@ class Rewritten:
     seconds: dict[str, float]
     lowered: Mapping[fx.Node, Lowered]
     sizes: Mapping[Size, int]
+    found: Mapping[fx.Node, Site]
+    launches: Mapping[fx.Node, str]
+    untouched: MemoryProfile | None = None
     factoring: Factoring | None = None
     feed: Feed | None = None
 
     @cached_property
     def peak(self) -> Peak:
         """The most that the rewritten graph will hold, at the sizes that were planned for."""
-        return peak_of(self.memory, lambda size: at(size, self.sizes))
+        return peak_of(self.memory, self.at)
+
+    @cached_property
+    def timelines(self) -> Timelines:
+        """What is held over the graph before and after; only where the former was asked for."""
+        assert self.untouched is not None
+        stays = [plan for plan in self.plans if plan.lowering == "unfused"]
+        return Timelines(
+            steps_of(self.untouched, self.at, _kinds(self.plans)),
+            steps_of(self.memory, self.at, {**_kinds(stays), **self.launches}),
+        )
+
+    def at(self, size: Size) -> float:
+        """``size`` at the sizes that were planned for."""
+        return at(size, self.sizes)
 
     @cached_property
     def memory(self) -> MemoryProfile:
@@ -97,12 +119,14 @@ def rewrite(
     may_measure: bool = True,
     device: Device | None = None,
     unseen_bytes: int = 0,
+    walk_untouched: bool = False,
 ) -> Rewritten:
     """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
 
     ``may_measure``: whether tiles may be timed on the device, where options ask for it.
     ``device``: what to plan for in place of the tensors' own devices; no tile is timed then.
     ``unseen_bytes``: what a memory budget has to leave for what plans do not tell, such as masks.
+    ``walk_untouched``: whether to tell what the graph would hold as it was, too.
     Raises BudgetError where no choice of lowerings keeps the budget.
     """
     device_of = device_for if device is None else lambda _: device
@@ -113,6 +137,10 @@ def rewrite(
     _erase_dead(module.graph)
     before = _code(module)
     clock.lap("normalize")
+    untouched = None
+    if walk_untouched:
+        untouched = walk(GraphView(module.graph, {}))
+        clock.lap("walk")
 
     factoring, feed = None, None
     if options.factors_weights:
@@ -161,9 +189,12 @@ def rewrite(
     siblings, missed = find_siblings(facts, module.graph)
     merges = [plan_siblings(s, device_of(s.device), options, hints) for s in siblings]
     sizes = KnownSizes()
+    launches: dict[fx.Node, str] = {}
     for plan in merges:
         if plan.lowering == "merged":
-            replaced |= _merge(plan, sizes)
+            merged = _merge(plan, sizes)
+            launches |= {launch_behind(result): plan.site.kind for result in merged}
+            replaced |= merged
     settle_strides(module.graph, replaced, facts.mutated)
     if replaced and not torch.is_grad_enabled():
         write_residual_sums(module.graph, facts.mutated)
@@ -173,9 +204,15 @@ def rewrite(
     clock.lap("rewrite")
     told = (*plans, *merges), (*skips, *missed)
     lowered = _lowered(plans, results, device_of)
+    launches |= {
+        launch_behind(result): plan.site.kind
+        for plan, result in zip(plans, results, strict=True)
+        if result is not None
+    }
     found = Rewritten(
-        module, before, module.code, *told, clock.laps, lowered, largest, factoring, feed
-    )
+        module, before, module.code, *told, clock.laps, lowered, largest,
+        {site.node: site for site in (*sites, *siblings)}, launches, untouched, factoring, feed,
+    )  # fmt: skip
     if options.memory_budget is None:
         return found
     over = found.peak.transient_bytes - options.memory_budget
@@ -183,8 +220,17 @@ def rewrite(
         return found
     return rewrite(
         gm, example_inputs, options, may_measure=may_measure, device=device,
-        unseen_bytes=unseen_bytes + over,
+        unseen_bytes=unseen_bytes + over, walk_untouched=walk_untouched,
     )  # fmt: skip
+
+
+def _kinds(plans: Sequence[Plan]) -> dict[fx.Node, str]:
+    """The kind of the site that each node belongs to; the first of several."""
+    return {
+        node: plan.site.kind
+        for plan in reversed(plans)
+        for node in plan.region | (plan.blocks.region if plan.blocks else frozenset())
+    }
 
 
 def _lowered(

@@ -222,7 +222,7 @@ def test_debug_dir(model, x, tmp_path):
     run = compiled(model, debug_dir=directory)
     run(x)
     run(torch.randn(7, 12))
-    names = ["after.py", "before.py", "report.txt", "sites.json"]
+    names = ["after.py", "before.py", "memory.png", "report.txt", "sites.json"]
     assert sorted(p.name for p in directory.iterdir()) == ["graph_0", "graph_1"]
     for graph in directory.iterdir():
         assert sorted(p.name for p in graph.iterdir()) == names
@@ -233,7 +233,9 @@ def test_debug_dir(model, x, tmp_path):
     assert "aten.gelu" not in after
     assert "flashsvd.row_blocks_feed_forward" in after
     record = json.loads((directory / "graph_0" / "sites.json").read_text())
-    assert set(record["seconds"]) == {"normalize", "analysis", "plan", "rewrite", "measure"}
+    assert set(record["seconds"]) == {
+        "normalize", "walk", "analysis", "plan", "rewrite", "measure",
+    }  # fmt: skip
     (site,) = [s for s in record["sites"] if s["kind"] == "feed_forward"]
     assert site["lowering"] == "row_blocks"
     assert site["plan"]["ranks"] == {"up": "4", "down": "4"}

@@ -78,12 +78,16 @@ def test_text_and_json():
     ):
         assert part in text
     record = json.loads(json.dumps(told.to_dict()))
-    assert set(record) == {"sites", "graphs", "seconds", "peaks", "device", "factoring"}
+    assert set(record) == {
+        "sites", "graphs", "seconds", "peaks", "memory", "totals", "device", "factoring",
+    }  # fmt: skip
     assert [s["where"] for s in record["sites"] if s["kind"] == "attention"] == [
         "layers.0.attention",
         "layers.1.attention",
     ]
-    assert set(record["seconds"][0]) == {"normalize", "analysis", "plan", "rewrite", "measure"}
+    assert set(record["seconds"][0]) == {
+        "normalize", "walk", "analysis", "plan", "rewrite", "measure",
+    }  # fmt: skip
     assert set(record["sites"][0]) == {"kind", "where", "lowering", "reason", "plan"}
     assert set(record["sites"][0]["reason"]) == {
         "code",

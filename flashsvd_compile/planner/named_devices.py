@@ -44,11 +44,9 @@ def device_named(name: str | torch.device) -> Device:
     Raises ValueError for any other name, with the nearest right one, and for a GPU of this machine
     where it has none.
     """
-    if isinstance(name, torch.device):
-        return _present(name)
-    plain = str(name).lower().replace(" ", "").replace("-", "").replace("_", "")
-    if plain == "cpu" or plain.partition(":")[0] == "cuda":
-        return _present(torch.device(plain))
+    if (own := own_device(name)) is not None:
+        return _present(own)
+    plain = _plain(name)
     sheet = DATA_SHEETS.get(plain)
     if sheet is None:
         allowed = [*DATA_SHEETS, "cpu", "cuda"]
@@ -65,6 +63,19 @@ def device_named(name: str | torch.device) -> Device:
         exps=sheet.multiprocessors * sheet.ghz / (_MEASURED.multiprocessors * _MEASURED.ghz),
         bytes_=sheet.gb_per_s / _MEASURED.gb_per_s,
     )
+
+
+def own_device(name: str | torch.device) -> torch.device | None:
+    """The device of this machine that ``name`` says; None for any other name."""
+    if isinstance(name, torch.device):
+        return name
+    plain = _plain(name)
+    is_own = plain == "cpu" or plain.partition(":")[0] == "cuda"
+    return torch.device(plain) if is_own else None
+
+
+def _plain(name: object) -> str:
+    return str(name).lower().replace(" ", "").replace("-", "").replace("_", "")
 
 
 def _present(device: torch.device) -> Device:

@@ -7,6 +7,8 @@ import torch
 
 from bench import measure
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
+from flashsvd_compile import timing
+from flashsvd_compile.memory.measured import measured_peak
 
 MIB = 2**20
 SCALARS = 64  # bytes: an operation wraps its Python numbers into tensors
@@ -77,7 +79,7 @@ def test_what_was_live_before_does_not_count():
 def test_candidates_run_in_turns(monkeypatch):
     calls = []
     clock = iter([0.0, 1e-3, 0.0, 5e-3, 0.0, 3e-3, 0.0, 6e-3, 0.0, 2e-3, 0.0, 7e-3])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     fns = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     assert median_ms(fns, "cpu", warmup=1, rounds=3) == pytest.approx({"a": 2.0, "b": 6.0})
     assert "".join(calls) == "ab" + "ababab"
@@ -97,3 +99,31 @@ def test_results_carry_their_environment(tmp_path, monkeypatch):
     assert stored["environment"] == environment("cpu")
     assert stored["environment"]["torch"] == torch.__version__
     assert stored["environment"]["device"]
+
+
+def outputs_last():
+    """4 MiB are gone before the 3 MiB that are returned are allocated, maybe in their place."""
+    first = blocks(4)
+    del first
+    return {"out": blocks(3)}
+
+
+@pytest.mark.parametrize(
+    ("fn", "transient"),
+    [(kept, 0), (overlapping, 4), (outputs_last, 4)],
+    ids=["kept", "overlapping", "outputs last"],
+)
+def test_outputs_are_told_apart_on_a_cpu(fn, transient):
+    found = measured_peak(fn, "cpu")
+    assert 0 <= found.transient_bytes - transient * MIB <= SCALARS
+    assert found.total_bytes >= found.transient_bytes
+    assert not found.is_least
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_outputs_are_taken_off_the_cuda_peak():
+    """5 MiB are returned, though only 3 of them are held when most is."""
+    found = measured_peak(lambda: overlapping("cuda"), "cuda")
+    assert (found.total_bytes, found.transient_bytes) == (7 * MIB, 2 * MIB)
+    assert found.is_least
