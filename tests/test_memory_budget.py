@@ -90,7 +90,7 @@ def test_attention_in_blocks_of_the_batch():
     fsc.compress_(bert, keep=0.4)
     ids = torch.randint(0, 100, (8, 96))
     mask = (torch.arange(96) < torch.randint(40, 97, (8, 1))).long()
-    options = {"attention": "rank_space", "feed_forward": "row_blocks"}
+    options = {"compiler": "eager", "attention": "rank_space", "feed_forward": "row_blocks"}
     free = fsc.explain(bert, ids, mask, options=options).peaks[0].transient_bytes
     options["memory_budget"] = int(free * 0.7)
     told = fsc.explain(bert, ids, mask, options=options)
@@ -117,7 +117,7 @@ def test_refused_with_what_is_possible():
     assert "memory_budget is 0.01 MiB" in told
     assert " MiB, at " in told
     (enough,) = re.findall(r'within memory_budget="(\d+)MiB"', told)
-    compiled(model(), f"{enough}MiB")(x)
+    compiled(model(), f"{enough}MiB", compiler="eager")(x)
 
 
 def test_refused_for_what_library_attention_holds():
@@ -153,7 +153,12 @@ def test_told_sizes_hold_for_one_graph():
         inner,
         backend="flashsvd",
         dynamic=True,
-        options={"memory_budget": "1GiB", "max_batch": 16, "max_length": 256},
+        options={
+            "compiler": "eager",
+            "memory_budget": "1GiB",
+            "max_batch": 16,
+            "max_length": 256,
+        },
     )
     for batch, length in ((2, 32), (16, 256), (5, 100)):
         assert_as_good_as_eager(inner, run, (torch.randn(batch, length, HIDDEN),))
