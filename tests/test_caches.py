@@ -56,12 +56,19 @@ def told_by(program: str, caches: Path, *arguments: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """One directory for all programs, no two of which compile the same graph: C++ headers are
+    compiled once for each."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture
-def run(tmp_path):
-    """Runs lines in a process of its own; all share one cache directory."""
+def run(caches):
+    """Runs lines in a process of its own."""
 
     def process(*lines):
-        return told_by(PROGRAM, tmp_path, *map(json.dumps, lines))
+        return told_by(PROGRAM, caches, *map(json.dumps, lines))
 
     return process
 
@@ -107,8 +114,8 @@ print(json.dumps(counters["aot_autograd"]))
 """
 
 
-def test_constants_are_told_apart(tmp_path):
-    (told,) = told_by(CONSTANTS, tmp_path)
+def test_constants_are_told_apart(caches):
+    (told,) = told_by(CONSTANTS, caches)
     assert told["autograd_cache_miss"] == 2
 
 
@@ -161,7 +168,7 @@ for seed in (0, 1, 0):
 """
 
 
-def test_factors_are_no_part_of_what_caches_keep(tmp_path):
+def test_factors_are_no_part_of_what_caches_keep(caches):
     """A model of the same shapes takes the kept kernels, and brings its own factors."""
-    told = told_by(FACTORED, tmp_path)
+    told = told_by(FACTORED, caches)
     assert told == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
-from flashsvd_compile.analysis.axes import Size
-from flashsvd_compile.analysis.calls import aten, packet, value
+from flashsvd_compile.analysis.axes import Size, shape_of
+from flashsvd_compile.analysis.calls import arguments, aten, packet, value
 from flashsvd_compile.memory.buffers import Buffer, find_buffers
+from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes
 from flashsvd_compile.memory.view import GraphView
 
 
@@ -111,15 +112,27 @@ def walk(view: GraphView) -> MemoryProfile:
         if replaced is not None:
             del held[replaced]
         held[buffer.node] = buffer.size_bytes
-        lowered = view.lowered.get(buffer.node)
-        scratch = sympy.S.Zero if lowered is None else lowered.scratch_bytes
-        moments.append(Moment(buffer.node, dict(held), scratch, returned))
+        moments.append(Moment(buffer.node, dict(held), _scratch(view, buffer.node), returned))
         held |= {early.node: early.size_bytes for early in ahead.get(index, ())}
         for node in dying:
             held.pop(node, None)
         if buffer.node not in last_read and buffer.node not in returned:
             held.pop(buffer.node)
     return MemoryProfile(moments)
+
+
+def _scratch(view: GraphView, node: fx.Node) -> Size:
+    """What the operator takes for itself while it runs."""
+    if node in view.lowered:
+        return view.lowered[node].scratch_bytes
+    if not _is_library_attention(view, node) or value(node).device.type != "cpu":
+        return sympy.S.Zero
+    named = arguments(node)
+    query, key, val = (shape_of(value(named[name])) for name in ("query", "key", "value"))
+    if len(query) != 4 or query[-1] != val[-1]:
+        return sympy.S.Zero  # no flash attention: Inductor's own matmuls, buffers like any others
+    batch, heads, rows, width = query
+    return flash_scratch_bytes(batch, heads, rows, key[2], width, value(node).dtype)
 
 
 def _first_product(

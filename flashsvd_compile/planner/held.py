@@ -13,6 +13,7 @@ from flashsvd_compile.analysis.site_records import (
     FeedForwardSite,
     Outer,
 )
+from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes
 from flashsvd_compile.memory.view import Lowered
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.plan import Plan
@@ -67,19 +68,33 @@ def _scratch(plan: Plan, on_gpu: bool) -> Size:
             arm = site.arms[name]
             scratch += batch * arm.own_heads * share * volume(arm.rows) * arm.rank_size
         heads *= share
+    scratch *= site.dtype.itemsize
     if not on_gpu:
-        scratch += batch * heads * _library_scratch(site, in_blocks=plan.blocks is not None)
-    return scratch * site.dtype.itemsize
+        scratch += _library_scratch(site, batch, heads, in_blocks=plan.blocks is not None)
+    return scratch
 
 
-def _library_scratch(site: AttentionSite, in_blocks: bool) -> Size:
-    """Elements for each batch and head that attention on library operators holds at most.
+def _library_scratch(site: AttentionSite, batch: Size, heads: Size, in_blocks: bool) -> Size:
+    """What ``kernels/attention_library.py`` holds at most beside latents and its result, or a block
+    of them.
 
-    The queries in rank space, latents padded to the wider of two ranks, the latent output, and the
-    output as the lift lays it out; in blocks that, too, before it is put in its place.
+    While it attends: the queries in rank space, operands padded to the wider of two ranks, the
+    latent output, and torch's own. Then queries, latent output and two full-width outputs: as the
+    lift lays it out, and as the result is. That, outside of blocks, is allocated only then, but
+    counted all along. One head is laid out as the result is.
     """
     rows, keys = volume(site.rows), volume(site.keys)
-    width = max(site.key.rank_size, site.value.rank_size)
-    padded = sum(arm.rank_size < width for arm in (site.key, site.value))
-    lifted = site.value.width_size * (2 if in_blocks else 1)
-    return rows * (2 * width + lifted) + keys * width * padded
+    rank_k, rank_v = site.key.rank_size, site.value.rank_size
+    width = max(rank_k, rank_v)
+    is_made = site.query.factor is not None or site.key.factor is not None
+    queries = rows * rank_k if is_made else sympy.S.Zero
+    padding = keys * width if rank_k != rank_v else sympy.S.Zero
+    padding += rows * width if rank_k < rank_v else 0
+    latent, output = rows * width, rows * site.value.width_size
+    is_copied = heads != 1 or bool(site.masks and site.value.biases)
+    outputs = is_copied + (site.value.factor is not None)
+    element = batch * heads * site.dtype.itemsize
+    attending = element * (queries + padding + latent - (0 if in_blocks else output))
+    attending += flash_scratch_bytes(batch, heads, rows, keys, width, site.dtype)
+    lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
+    return sympy.Max(attending, lifting)

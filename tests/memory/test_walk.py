@@ -72,8 +72,17 @@ def test_the_formula_holds_for_all_sizes():
     assert found.formula.count("2112") == 1
 
 
-@pytest.mark.parametrize("options", [{}, UNFUSED, {"feed_forward": "row_blocks"}], ids=str)
-@pytest.mark.parametrize("shape", [(2, 256), (3, 77), (1, 1500)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 256), {}),
+        ((3, 77), UNFUSED),
+        ((1, 1500), UNFUSED),
+        ((3, 77), {"feed_forward": "row_blocks"}),
+        ((1, 1500), {"feed_forward": "row_blocks"}),
+    ],
+    ids=str,
+)
 def test_peaks_are_those_of_the_allocator(shape, options):
     model = nn.Sequential(FeedForward(), FeedForward())
     x = torch.randn(*shape, 64)

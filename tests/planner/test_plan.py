@@ -30,7 +30,7 @@ def sites_of(fn, *inputs):
         module = normalize(gm, example_inputs)
         sites, _ = find_sites(sweep(module.graph), module.graph)
         found.append((sites, size_hints([n.meta.get("val") for n in module.graph.nodes])))
-        return gm.forward
+        return lambda *_: (None,)  # planned for large sizes, and not run
 
     torch._dynamo.reset()
     with torch.no_grad():

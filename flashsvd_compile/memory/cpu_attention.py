@@ -1,0 +1,31 @@
+"""What torch's flash attention on a CPU takes for itself while it runs.
+
+Each thread has a tile of scores, their maxima and sums, and a tile of the output, in the type that
+sums are made in; operands of two bytes have the probabilities a second time, rounded. The sums of
+each row are a second output, which only gradients read. From torch 2.13's
+``aten/src/ATen/native/cpu/FlashAttentionKernel.cpp``, without what it packs for AMX units; equal to
+the allocations of torch 2.13 with AVX2, for float32, bfloat16 and float16.
+"""
+
+import sympy
+import torch
+
+from flashsvd_compile.analysis.axes import Size
+
+_KEYS_OF_A_TILE = 512
+
+
+def flash_scratch_bytes(
+    batch: Size, heads: Size, rows: Size, keys: Size, width: Size, dtype: torch.dtype
+) -> Size:
+    """For q [batch, heads, rows, width] and ``keys`` keys, beyond operands and output."""
+    of_sums = max(dtype.itemsize, 4)
+    tile_rows, tile_keys = _rows_of_a_tile(rows), sympy.Min(_KEYS_OF_A_TILE, keys)
+    of_a_thread = (tile_keys + 2 + width) * of_sums
+    if dtype.itemsize < of_sums:
+        of_a_thread += tile_keys * dtype.itemsize
+    return torch.get_num_threads() * tile_rows * of_a_thread + batch * heads * rows * of_sums
+
+
+def _rows_of_a_tile(rows: Size) -> Size:
+    return sympy.Piecewise((256, rows >= 768), (64, rows >= 192), (sympy.Min(32, rows), True))
