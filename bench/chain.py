@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.chain import streamed_chain
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
-from flashsvd_compile.kernels.chain_tiles import is_streamed_fastest
+from flashsvd_compile.kernels.chain_tiles import default_tile
 from torch import Tensor
 
 from bench.contest import contest
 from bench.measure import write_results
 from bench.targets import Target
 from bench.work import Work
+from flashsvd_compile.planner.chain_cost import ChainShape, streamed_seconds, unfused_seconds
+from flashsvd_compile.planner.device import device_for
 
 GATE_ROWS = 256
 ROWS = (1, 16, 256, 4096, 65536)
@@ -41,7 +43,14 @@ class Shape:
     @property
     def targets(self) -> list[Target]:
         """No slower than unaided wherever the planner streams the chain; else it is left alone."""
-        if not is_streamed_fastest(rank=self.rank, widest=max(self.in_size, self.out_size)):
+        device = device_for(torch.device("cuda"))
+        of = ChainShape(self.rows, self.in_size, self.rank, self.out_size, 2)
+        tile = default_tile(
+            rows=self.rows, rank=self.rank, out_size=self.out_size, element_bytes=2,
+            sram_bytes=device.sram_bytes, multiprocessors=device.multiprocessors,
+            generation=device.generation,
+        )  # fmt: skip
+        if tile is None or streamed_seconds(of, device, tile) >= unfused_seconds(of, device):
             return []
         return [Target("streamed", ("unfused eager", "unfused Inductor"), 1.0)]
 

@@ -22,7 +22,6 @@ from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.siblings import sibling_linears
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import (
-    MERGED_FASTEST_UP_TO_ROWS,
     TILES,
     TILES_FEW_ROWS,
     MatmulTile,
@@ -35,6 +34,12 @@ from bench.contest import contest
 from bench.measure import captured, median_ms, write_results
 from bench.targets import Target
 from bench.work import Work
+from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.siblings_cost import (
+    SiblingsShape,
+    merged_seconds,
+    separate_seconds,
+)
 
 DTYPE = torch.bfloat16
 ROWS = (1, 16, 256, 4096, 16384)
@@ -69,7 +74,9 @@ class Shape:
     @property
     def targets(self) -> list[Target]:
         """No slower than separate products wherever the planner merges them; else left alone."""
-        if self.rows > MERGED_FASTEST_UP_TO_ROWS:
+        device = device_for(torch.device("cuda"))
+        of = SiblingsShape(self.rows, self.in_features, self.widths, 2)
+        if merged_seconds(of, device) >= separate_seconds(of, device):
             return []
         return [Target("merged", ("separate eager", "separate Inductor"), 1.0)]
 

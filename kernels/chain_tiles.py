@@ -41,19 +41,6 @@ MAX_RANK = MAX_RESIDENT_RANK
 MAX_REGISTERS_16_BIT = 192
 MAX_REGISTERS_32_BIT = 72
 
-# The largest rank and widths at which a streamed chain was faster than two library matmuls,
-# whatever the rows. H100 80GB HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, `python -m
-# bench.chain`, 1 to 65536 rows: 768 → 64 → 768 takes 0.72 to 0.91 of Inductor's time; 768 → 240 →
-# 768 0.85 to 1.08, 4096 → 64 → 4096 0.96 to 1.55, 4096 → 256 → 4096 1.1 to 2.6.
-STREAMED_FASTEST_UP_TO_RANK = 64
-STREAMED_FASTEST_UP_TO_WIDTH = 768
-
-
-def is_streamed_fastest(*, rank: int, widest: int) -> bool:
-    """Whether streaming was measured to be fastest; ``widest`` of the columns in and out."""
-    return rank <= STREAMED_FASTEST_UP_TO_RANK and widest <= STREAMED_FASTEST_UP_TO_WIDTH
-
-
 # By the number of rows, fastest first, then ever smaller: the first that fits is taken. H100 80GB
 # HBM3, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26, `python -m bench.outer_tiles chain` (768
 # columns in and out, ranks 64 and 240; 1, 16, 256, 4096 and 65536 rows; 8 to 48 tiles each): what

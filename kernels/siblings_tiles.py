@@ -14,12 +14,6 @@ from flashsvd_compile.kernels.tiles import TileConfig
 # three, a gated feed-forward two, a block that runs both side by side five.
 MAX_SIBLINGS = 8
 
-# Rows up to which one launch is taken for siblings unasked. H100 80GB HBM3, torch 2.11.0, triton
-# 3.6.0, bfloat16, 2026-11-26, `python -m bench.siblings` (768 → 3 × 480, 4096 → 3 × 1024, 4096 →
-# 2 × 1490): at 1 to 256 rows 1.1 to 2.0 times as fast as as many library matmuls; at 4096 rows 1.06
-# to 2.4 times, but for 4096 → 3 × 1024 0.85 times; at 16384 rows 0.84 to 0.88 times.
-MERGED_FASTEST_UP_TO_ROWS = 256
-
 # Programs that a launch should have at least, where tiles can be made smaller: the
 # multiprocessors of an H100.
 FILLING_PROGRAMS = 132

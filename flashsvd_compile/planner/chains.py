@@ -6,10 +6,16 @@ from dataclasses import replace
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import ChainEnds, ChainSite
 from flashsvd_compile.kernels import chain_tiles
+from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.options import Options
-from flashsvd_compile.planner import cost, roofline
+from flashsvd_compile.planner import cost
+from flashsvd_compile.planner.chain_cost import (
+    ChainShape,
+    streamed_seconds,
+    unfused_seconds,
+)
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, slower, sram_limit
 from flashsvd_compile.planner.tiling import only_tile
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -17,49 +23,30 @@ from flashsvd_compile.reason import Code, Reason, reason_at
 def plan_chain(
     site: ChainSite, device: Device, options: Options, hints: Mapping[Size, int]
 ) -> Plan:
-    """``auto`` streams where that was measured to be fastest, in 16 bits."""
+    """Streamed where that is legal and predicted to be the fastest, in 16 bits; or forced."""
     unfused = Plan(site, "unfused", _why_chain_stays(site))
-    if isinstance(site.ends, ChainEnds):
-        unfused = replace(unfused, seconds=_unfused_seconds(site, site.ends, device, hints))
-    streamed = _streamed_chain(site, device, options, hints)
     if options.chain == "unfused":
         unfused = replace(unfused, reason=reason_at(site.node, Code.FORCED, "chain='unfused'"))
+    streamed = _streamed_chain(site, device, options, hints)
     if isinstance(streamed, Reason):
         reason = streamed if options.chain == "streamed" else unfused.reason
         return replace(unfused, reason=reason, rivals=(Rival("streamed", None, streamed),))
-    is_fastest = chain_tiles.is_streamed_fastest(
-        rank=site.rank, widest=max(site.in_width, site.out_width)
-    )
+    shape = _shape(site, hints)
+    separate = unfused_seconds(shape, device)
+    together = streamed_seconds(shape, device, ChainTile(*streamed.tile))
     if options.chain == "streamed":
         streamed = replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
-    elif options.chain == "unfused" or not is_fastest or site.dtype.itemsize != 2:
-        return replace(unfused, rivals=(_rival(streamed),))
-    return replace(streamed, rivals=(_rival(unfused),))
+    elif options.chain == "unfused" or separate <= together or site.dtype.itemsize != 2:
+        rival = Rival("streamed", together, slower(site, together, separate))
+        return replace(unfused, seconds=separate, rivals=(rival,))
+    rival = Rival("unfused", separate, slower(site, separate, together))
+    return replace(streamed, seconds=together, rivals=(rival,))
 
 
-def _rival(plan: Plan) -> Rival:
-    return Rival(plan.lowering, plan.seconds, lost(plan.site, f"{plan.lowering}, as measured,"))
-
-
-def _unfused_seconds(
-    site: ChainSite, ends: ChainEnds, device: Device, hints: Mapping[Size, int]
-) -> float:
-    rows, element = cost.at(volume(ends.entry.rows), hints), site.dtype.itemsize
-    down = roofline.matmul(device, rows, site.rank, site.in_width, element)
-    return down + roofline.matmul(device, rows, site.out_width, site.rank, element)
-
-
-def _streamed_seconds(
-    site: ChainSite, ends: ChainEnds, device: Device, hints: Mapping[Size, int]
-) -> float:
-    """Bounded by the products or by what it reads and writes."""
-    rows, element = cost.at(volume(ends.entry.rows), hints), site.dtype.itemsize
-    widths = site.in_width + site.out_width
-    macs_per_s = roofline.macs_per_s(device, element) * device.efficiency.matmul
-    moved = (rows + site.rank) * widths * element
-    return device.efficiency.launch_s + roofline.bound(
-        rows * site.rank * widths / macs_per_s, roofline.traffic(device, moved)
-    )
+def _shape(site: ChainSite, hints: Mapping[Size, int]) -> ChainShape:
+    assert isinstance(site.ends, ChainEnds)
+    rows = max(1, round(cost.at(volume(site.ends.entry.rows), hints)))
+    return ChainShape(rows, site.in_width, site.rank, site.out_width, site.dtype.itemsize)
 
 
 def _streamed_chain(
@@ -91,8 +78,7 @@ def _streamed_chain(
         tile, rank=site.rank, element_bytes=element, generation=device.generation
     )
     return Plan(site, "streamed", reason, unfused_bytes=rows * site.rank * element,
-                tiling=only_tile(tile, used, sram),
-                seconds=_streamed_seconds(site, site.ends, device, hints))  # fmt: skip
+                tiling=only_tile(tile, used, sram))  # fmt: skip
 
 
 def _why_chain_stays(site: ChainSite) -> Reason:

@@ -3,8 +3,9 @@
 They come from the times of 147 feed-forward sites with every lowering that each can have, 16 to
 1224 ranks, 256 to 65536 rows, hidden sizes of 384 to 4096, gated and not, bfloat16, on an H100 80GB
 HBM3 with torch 2.11.0 and triton 3.6.0, 2026-11-27 (`python -m bench.choices --only feed_forward`,
-`python -m bench.fit_efficiency`). Shares of a device's rates carry over to another; seconds do as
-far as clocks are alike.
+`python -m bench.fit_efficiency`). Those of chains and siblings were read off 47 chains and 30
+groups of siblings (`python -m bench.chain`, `.siblings` and `.choices`; same GPU and versions).
+Shares of a device's rates carry over to another; seconds do as far as clocks are alike.
 """
 
 from dataclasses import dataclass, replace
@@ -46,6 +47,10 @@ class Efficiency:
     ``many_ranks``: what macs of ranks beyond those that stay on chip take, against others.
     ``outer_step_s``, ``outer_macs``, ``outer_shared_macs``: of the loops over x and y of a
     feed-forward streamed whole.
+    ``chain_factor_s``, ``chain_rows_s``: of a step of a streamed chain, for each element of its
+    factor's tile and of its rows; ``chain_macs``: what its macs take of a full rate where programs
+    share the multiprocessors. ``merged``: share of `matmul`'s rate that the one launch of siblings
+    reaches; ``merged_step_s``: for each element of the contracted axis.
     """
 
     launch_s: float
@@ -63,6 +68,11 @@ class Efficiency:
     outer_step_s: float
     outer_macs: float
     outer_shared_macs: float
+    chain_factor_s: float
+    chain_rows_s: float
+    chain_macs: float
+    merged: float
+    merged_step_s: float
     streamed: LoopEfficiency
     whole: LoopEfficiency
 
@@ -83,6 +93,11 @@ GPU = Efficiency(
     outer_step_s=1.30e-6,
     outer_macs=0.941,
     outer_shared_macs=3.11,
+    chain_factor_s=2.4e-11,
+    chain_rows_s=6e-11,
+    chain_macs=2.0,
+    merged=0.6,
+    merged_step_s=3e-9,
     streamed=LoopEfficiency(
         step_s=7.97e-7,
         gate_s=4.48e-7,

@@ -1,7 +1,6 @@
 """Whether siblings run as one launch: what is refused, what is forced, what tiles they get."""
 
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,16 +11,19 @@ from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import size_hints
-from flashsvd_compile.planner.device import Device, device_for
+from flashsvd_compile.planner.device import device_for
+from flashsvd_compile.planner.named_devices import device_named
 from flashsvd_compile.planner.siblings import plan_siblings
 from flashsvd_compile.reason import Code
 
-HOPPER = Device("h100", "cuda", 227 * 1024, {2: 2e14, 4: 1.9e13}, 3.6e12, 3e12, 4e-6)
+HOPPER = device_named("h100")
 CPU = device_for(torch.device("cpu"))
 
 
-def plan_of(rows, device=HOPPER, dtype=torch.bfloat16, dynamic=False, **options):
-    """The plan of three products 256 → 40 of ``rows`` rows."""
+def plan_of(
+    rows, device=HOPPER, dtype=torch.bfloat16, dynamic=False, depth=256, width=40, **options
+):
+    """The plan of three products depth → width of ``rows`` rows."""
     found = []
 
     def backend(gm, example_inputs):
@@ -35,7 +37,8 @@ def plan_of(rows, device=HOPPER, dtype=torch.bfloat16, dynamic=False, **options)
         return F.linear(x, u), F.linear(x, v), F.linear(x, w)
 
     torch._dynamo.reset()
-    x, *weights = (torch.randn(n, 256, dtype=dtype) for n in (rows, 40, 40, 40))
+    sizes = (rows, width, width, width)
+    x, *weights = (torch.empty(n, depth, dtype=dtype, device="meta") for n in sizes)
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     with torch.no_grad():
@@ -53,12 +56,14 @@ def test_forced(rows, block_m, dynamic):
     assert 0 < plan.sram_bytes <= HOPPER.sram_bytes
 
 
-def test_auto_keeps_library_matmuls_beyond_what_was_measured():
-    with patch("flashsvd_compile.planner.siblings.MERGED_FASTEST_UP_TO_ROWS", 64):
-        few, many, exact = plan_of(64), plan_of(65), plan_of(64, dtype=torch.float32)
+def test_auto_merges_what_launches_bound():
+    few, exact = plan_of(64), plan_of(64, dtype=torch.float32)
+    many = plan_of(16384, depth=4096, width=1024)
     assert (few.lowering, few.reason.code) == ("merged", Code.PLANNED)
+    assert few.seconds < few.rivals[0].seconds
+    assert few.rivals[0].lowering == "unfused"
     assert (many.lowering, many.reason.code) == ("unfused", Code.NOT_PROFITABLE)
-    assert many.reason.required == "at most 64"
+    assert "times as long" in str(many.reason)
     assert (exact.lowering, exact.reason.code) == ("unfused", Code.NOT_PROFITABLE)
 
 
