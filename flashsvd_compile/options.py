@@ -44,7 +44,8 @@ class Options:
     ``autotune``: whether tiles of kernels are timed on the GPU while a model is compiled, a few for
     each kind of call, and the fastest kept on disk (`cache_directory`). ``"auto"``: where the GPU's
     generation has no table of tiles, and everywhere under Inductor's ``max_autotune``, which
-    ``mode="max-autotune"`` sets. ``True``: everywhere. ``False``: nowhere, and none kept is read.
+    ``mode="max-autotune"`` sets. ``True``: everywhere. ``False``: nowhere, and none kept is read;
+    nor are the device's own rates measured (once, a fraction of a second), those of its kind count.
     ``keep``, ``weight_budget``: factor the dense weights of a model in inference while compiling
     it, to this share of each one's parameters, in (0, 1), or so that those of one graph fit into
     this many bytes, a number or ``"200MiB"``; at most one of the two. None factors nothing.

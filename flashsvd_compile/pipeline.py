@@ -4,7 +4,7 @@ import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ from flashsvd_compile.planner.siblings import plan_siblings
 from flashsvd_compile.planner.sites import drop_taken, plan_site
 from flashsvd_compile.tuning.cache import cache_in
 from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
+from flashsvd_compile.tuning.rates import rates_of
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,11 @@ def rewrite(
     ``walk_untouched``: whether to tell what the graph would hold as it was, too.
     Raises BudgetError where no choice of lowerings keeps the budget.
     """
-    device_of = device_for if device is None else lambda _: device
     clock = _Clock()
+    may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
+    device_of = cache(partial(_device, options=options, may_measure=may_measure))
+    if device is not None:
+        device_of = cache(lambda _: device)
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
     split_einsums(module.graph)
@@ -177,7 +181,6 @@ def rewrite(
             replaced[result], results[-1] = old, result
     clock.lap("rewrite")
 
-    may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
     plans = tuple(
         plan if result is None or device else _with_fastest_tile(plan, result, options, may_measure)
         for plan, result in zip(plans, results, strict=True)
@@ -231,6 +234,22 @@ def _kinds(plans: Sequence[Plan]) -> dict[fx.Node, str]:
         for plan in reversed(plans)
         for node in plan.region | (plan.blocks.region if plan.blocks else frozenset())
     }
+
+
+def _device(device: torch.device, options: Options, may_measure: bool) -> Device:
+    """With rates of its own, where they are known or may be measured."""
+    assumed = device_for(device)
+    if options.autotune is False:
+        return assumed
+    found = rates_of(device, cache_directory() / "rates", may_measure)
+    if found is None:
+        return assumed
+    return replace(
+        assumed,
+        macs_per_s=dict(found.macs_per_s),
+        bytes_per_s=found.bytes_per_s,
+        exps_per_s=found.exps_per_s or assumed.exps_per_s,
+    )
 
 
 def _lowered(

@@ -26,7 +26,7 @@ from flashsvd_compile.planner.flops import flops_of
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.reason import Reason
 from flashsvd_compile.totals import totals_of
-from flashsvd_compile.units import bytes_text, flops_text
+from flashsvd_compile.units import bytes_text, flops_text, seconds_text
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class SiteReport:
             "block_rows": plan.block_rows,
             "tile_from": "" if plan.tiling is None else plan.tiling.source,
             "sram_bytes": plan.sram_bytes,
+            "seconds": plan.seconds,
+            "rivals": [
+                {"lowering": r.lowering, "seconds": r.seconds, "reason": r.reason.to_dict()}
+                for r in plan.rivals
+            ],
             **{name: str(formula) for name, formula in self.formulas.items()},
             "at_sizes": dict(self.numbers),
         }
@@ -164,6 +169,20 @@ def _full_width(site: SiteReport) -> str:
     return _of("transient_bytes", "unfused_bytes", site, bytes_text)
 
 
+def _seconds(site: SiteReport) -> str:
+    """As predicted, at the sizes that were planned for."""
+    seconds = None if site.plan is None else site.plan.seconds
+    return "" if seconds is None else seconds_text(seconds)
+
+
+def _runner_up(site: SiteReport) -> str:
+    """``row_blocks, 1.42 times as long, as predicted``, or why there is none."""
+    if site.plan is None or not site.plan.rivals:
+        return ""
+    first = site.plan.rivals[0]
+    return f"{first.lowering}: {first.reason.observed}"
+
+
 def _of(planned: str, unfused: str, site: SiteReport, text: Callable[[float], str]) -> str:
     """``96 KiB of 1.5 MiB``; one number where nothing changes, none where there is nothing."""
     now, then = site.numbers.get(planned, 0), site.numbers.get(unfused, 0)
@@ -181,6 +200,8 @@ _COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "SRAM": _sram,
     "FLOPs, of unfused": _flops,
     "full width, of unfused": _full_width,
+    "predicted": _seconds,
+    "runner-up": _runner_up,
     "reason": lambda site: str(site.reason),
 }
 

@@ -1,6 +1,7 @@
 """Numbers as people read them: three digits that count, and the unit."""
 
 _BYTES = ("bytes", "KiB", "MiB", "GiB", "TiB")
+_SECONDS = ("µs", "ms", "s")
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 
 
@@ -12,6 +13,11 @@ def bytes_text(size: float) -> str:
 def flops_text(count: float) -> str:
     """``96 FLOP``, ``4.83 GFLOP``."""
     return _scaled(count, 10**3, _FLOPS)
+
+
+def seconds_text(seconds: float) -> str:
+    """``3.61 µs``, ``1.2 ms``."""
+    return _scaled(seconds * 1e6, 10**3, _SECONDS)
 
 
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:

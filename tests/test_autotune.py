@@ -49,9 +49,9 @@ def gpu(monkeypatch, tmp_path):
         device = Device("made up", "cuda", sram_kib * KIB, TENSOR_CORES, 3.6e12, 3e12, 4e-6,
                         generation)  # fmt: skip
         monkeypatch.setattr(pipeline, "device_for", lambda device_of_site: device)
-        monkeypatch.setattr(fastest, "_is_there", lambda device: True)
+        monkeypatch.setattr(fastest, "_can_be_timed", lambda device: True)
         monkeypatch.setattr(fastest, "_free_bytes", lambda device: 2**33)
-        monkeypatch.setattr(fastest, "_device_name", lambda device: generation)
+        monkeypatch.setattr(fastest, "device_name", lambda device: generation)
         monkeypatch.setattr(fastest, "_timed", fake_clock)
         return timed
 

@@ -134,8 +134,17 @@ def test_formulas_are_of_symbols_and_numbers_at_the_example():
 def test_the_table_has_units():
     told = fsc.explain(*on_meta(Attention(), *attention_inputs("sdpa", 8, 512, 512)), device="h100")
     (line,) = [line for line in str(told).splitlines() if line.startswith("attention")]
-    for part in ("KiB", "MFLOP of", "0 bytes of 576 KiB"):
+    for part in ("KiB", "MFLOP of", "0 bytes of 576 KiB", "µs", "unfused: "):
         assert part in line
+
+
+def test_a_site_tells_its_seconds_and_the_runner_up():
+    told = fsc.explain(*on_meta(Attention(), *attention_inputs("sdpa", 8, 512, 512)), device="h100")
+    plan = next(s for s in told.sites if s.kind == "attention").to_dict()["plan"]
+    (rival,) = plan["rivals"]
+    assert (plan["lowering"], rival["lowering"]) == ("rank_space", "unfused")
+    assert 0 < plan["seconds"] < rival["seconds"]
+    assert "times as long" in rival["reason"]["observed"]
 
 
 # ---- all sites ----------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from flashsvd_compile.tuning.apart import apart, device_name, is_there
 from flashsvd_compile.tuning.cache import TileCache
 from flashsvd_compile.tuning.example_call import ExampleCall, example_of
 
@@ -63,9 +63,9 @@ def fastest_tile(
     None where it is not known and cannot or may not be measured.
     """
     call = example_of(node)
-    if call is None or not _is_there(call.device):
+    if call is None or not _can_be_timed(call.device):
         return None
-    with _apart(call.device):
+    with apart(call.device):
         key = call.key() | _circumstances(call.device, tiles)
         if (known := kept.get(key, tiles)) is not None:
             return known, "measured before"
@@ -181,26 +181,19 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _is_there(device: torch.device) -> bool:
-    """Whether kernels can be run on it now, and timed."""
-    is_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return is_gpu and not torch.cuda.is_current_stream_capturing()
+def _can_be_timed(device: torch.device) -> bool:
+    return device.type == "cuda" and is_there(device)
 
 
 def _circumstances(device: torch.device, tiles: Sequence[Tile]) -> dict[str, Any]:
     """What an answer depends on beside the call."""
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "kernels": _sources(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "tiles": [list(tile) for tile in tiles],
     }
-
-
-def _device_name(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
 
 
 @cache
@@ -219,18 +212,6 @@ def _sources() -> str:
     for path in sorted(Path(room).glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-@contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Real tensors on ``device``, no gradients, no casts, whatever is going on around."""
-    with (
-        _disable_current_modes(),
-        torch.cuda.device(device.index if device.type == "cuda" else -1),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
 
 
 @contextmanager

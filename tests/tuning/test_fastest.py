@@ -33,10 +33,10 @@ def clock(monkeypatch):
         found.timed.append(list(runs))
         return {tile: abs(tile[0] - FASTEST[0]) + 1.0 for tile in runs}
 
-    monkeypatch.setattr(fastest, "_is_there", lambda device: True)
+    monkeypatch.setattr(fastest, "_can_be_timed", lambda device: True)
     monkeypatch.setattr(fastest, "_timed", timed)
     monkeypatch.setattr(fastest, "_free_bytes", lambda device: found.free_bytes)
-    monkeypatch.setattr(fastest, "_device_name", lambda device: found.name)
+    monkeypatch.setattr(fastest, "device_name", lambda device: found.name)
     return found
 
 
