@@ -75,6 +75,7 @@ def _in_rank_space(
             continue
         found = cost.attention_cost(candidate, device, hints)
         seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
+        seconds += device.efficiency.operator_s
         if seconds < best_seconds:
             best_seconds = seconds
             reason = reason_at(site.node, Code.PLANNED, f"{', '.join(names)} stay latents")

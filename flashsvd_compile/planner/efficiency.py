@@ -51,6 +51,7 @@ class Efficiency:
     factor's tile and of its rows; ``chain_macs``: what its macs take of a full rate where programs
     share the multiprocessors. ``merged``: share of `matmul`'s rate that the one launch of siblings
     reaches; ``merged_step_s``: for each element of the contracted axis.
+    ``operator_s``: of the host, for an operator of ours that is no launch, where that counts.
     """
 
     launch_s: float
@@ -73,6 +74,7 @@ class Efficiency:
     chain_macs: float
     merged: float
     merged_step_s: float
+    operator_s: float
     streamed: LoopEfficiency
     whole: LoopEfficiency
 
@@ -98,6 +100,7 @@ GPU = Efficiency(
     chain_macs=2.0,
     merged=0.6,
     merged_step_s=3e-9,
+    operator_s=0.0,
     streamed=LoopEfficiency(
         step_s=7.97e-7,
         gate_s=4.48e-7,
@@ -120,5 +123,14 @@ GPU = Efficiency(
     ),
 )
 
-# Rates of a CPU are measured as they are reached; it has none of the kernels.
-CPU = replace(GPU, launch_s=5e-6, matmul=1.0, attention=1.0, matmul_step_s=0.0, memory=1.0)
+# Rates of a CPU are measured as they are reached; it has none of the kernels. An operator took 0.4
+# ms of an EPYC's core (torch 2.13.0, 2026-11-27): Python, and the dispatch of what it calls.
+CPU = replace(
+    GPU,
+    launch_s=5e-6,
+    matmul=1.0,
+    attention=1.0,
+    matmul_step_s=0.0,
+    memory=1.0,
+    operator_s=4e-4,
+)

@@ -72,7 +72,7 @@ def row_blocks_seconds(
     else:
         block = _lifted(of, device, rows, tile)
         block += matmul(device, rows, of.rank_down, of.width, of.element_bytes)
-    return _outer(of, device) + count * block
+    return _outer(of, device) + device.efficiency.operator_s + count * block
 
 
 def streamed_seconds(of: FeedForwardShape, device: Device, tile: TileConfig) -> float:
