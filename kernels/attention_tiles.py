@@ -24,12 +24,14 @@ MAX_QUERY_ACCUMULATORS_ELEMENTWISE = 64
 MAX_QUERY_ACCUMULATORS_32_BIT = 8
 COPIED_BYTES = 4
 
+# Such keys beside a mask: the addresses of both and the scores live at once. Compiled with triton
+# 3.6.0 for sm_80, sm_89, sm_90 and sm_120 on 2026-11-27, 96 kernels within this spilled 320 bytes
+# at most, 58 of them none; 50 from 160 on up to 1056 bytes, without a mask 16 at most.
+MAX_MASKED_ELEMENTWISE = 140
+
 # The same kernels: P_k, q̃ and a chunk of V_k beside each other are too much for 255 registers
 # beyond the second padded rank, whatever the tile; beyond the first for tiles of more queries than
-# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory: there it is
-# the addresses of keys loaded element by element that are too much beside a tile of an added mask
-# (36 such kernels compiled with triton 3.6.0, 2026-11-27: 128 to 824 bytes spilled; without the
-# mask none).
+# these, but for Hopper, whose matmuls of 64 rows read P_k and V_k from shared memory.
 MAX_RANK_K_PADDED = 256
 EASY_RANK_K_PADDED = 128
 EASY_QUERIES = 32
@@ -56,13 +58,14 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         limit, query_limit = MAX_ACCUMULATORS_32_BIT, MAX_QUERY_ACCUMULATORS_32_BIT
     else:
         limit, query_limit = MAX_ACCUMULATORS_16_BIT, MAX_QUERY_ACCUMULATORS_16_BIT
-    easy_queries, reads_shared = EASY_QUERIES, of.has_warpgroups
+    easy_queries = EASY_QUERIES
     if of.rank_k * of.element_bytes % COPIED_BYTES:
-        reads_shared = reads_shared and of.mask not in ("added", "any")
+        if of.mask != "none" and _masked_elementwise(tile, of) > MAX_MASKED_ELEMENTWISE:
+            return False
         easy_queries = EASY_QUERIES_ELEMENTWISE
         query_limit = min(query_limit, MAX_QUERY_ACCUMULATORS_ELEMENTWISE)
     is_easy = padded_k <= EASY_RANK_K_PADDED or tile.block_m <= easy_queries
-    is_easy = is_easy or (reads_shared and tile.block_m >= WARPGROUP_ROWS)
+    is_easy = is_easy or (of.has_warpgroups and tile.block_m >= WARPGROUP_ROWS)
     if padded_k > MAX_RANK_K_PADDED or not is_easy:
         return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
@@ -71,6 +74,12 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
         and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
     )
+
+
+def _masked_elementwise(tile: TileConfig, of: AttentionExtents) -> int:
+    """Registers of one thread that hold a tile of keys or its addresses, and accumulators twice."""
+    keys = tile.block_n * rank_padded(of.rank_k, of.width) // (32 * tile.num_warps)
+    return keys + 2 * accumulators_of(tile, rank_v=of.rank_v, width=of.width)
 
 
 def traits_of(of: AttentionExtents) -> dict[str, int | bool]:
