@@ -260,8 +260,7 @@ def _lowered(
     for plan, result in zip(plans, results, strict=True):
         if result is not None:
             node = launch_behind(result)
-            reads = node.all_input_nodes
-            found[node] = lowered_by(plan, device_of(plan.site.device), reads)
+            found[node] = lowered_by(plan, device_of(plan.site.device), node)
     return found
 
 

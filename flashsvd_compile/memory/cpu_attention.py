@@ -10,7 +10,7 @@ the allocations of torch 2.13 with AVX2, for float32, bfloat16 and float16.
 import sympy
 import torch
 
-from flashsvd_compile.analysis.axes import Size
+from flashsvd_compile.analysis.axes import Size, shape_of
 
 _KEYS_OF_A_TILE = 512
 
@@ -25,6 +25,22 @@ def flash_scratch_bytes(
     if dtype.itemsize < of_sums:
         of_a_thread += tile_keys * dtype.itemsize
     return torch.get_num_threads() * tile_rows * of_a_thread + batch * heads * rows * of_sums
+
+
+def mask_scratch_bytes(
+    mask: torch.Tensor, rows: Size, keys: Size, is_causal: bool, dtype: torch.dtype
+) -> Size:
+    """What becomes of ``mask``, which broadcasts to [batch, heads, rows, keys], beside q of
+    ``dtype``: a boolean one is added as numbers of that dtype, and one that is not causal yet is
+    made so before (``kernels/attention_reference.py``), at the size of the scores."""
+    is_boolean = mask.dtype == torch.bool
+    elements = sympy.prod(shape_of(mask))
+    if is_causal:
+        of_batch_and_heads = sympy.prod(shape_of(mask)[:-2]) if mask.dim() > 2 else 1
+        elements = of_batch_and_heads * rows * keys
+    added = elements * dtype.itemsize if is_boolean or mask.dtype != dtype else 0
+    made_causal = elements * mask.dtype.itemsize if is_causal else 0
+    return added + made_causal
 
 
 def _rows_of_a_tile(rows: Size) -> Size:

@@ -14,7 +14,7 @@ from torch import fx
 from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import arguments, aten, packet, value
 from flashsvd_compile.memory.buffers import Buffer, find_buffers
-from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes
+from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
 from flashsvd_compile.memory.view import GraphView
 
 
@@ -132,7 +132,11 @@ def _scratch(view: GraphView, node: fx.Node) -> Size:
     if len(query) != 4 or query[-1] != val[-1]:
         return sympy.S.Zero  # no flash attention: Inductor's own matmuls, buffers like any others
     batch, heads, rows, width = query
-    return flash_scratch_bytes(batch, heads, rows, key[2], width, value(node).dtype)
+    dtype = value(node).dtype
+    scratch = flash_scratch_bytes(batch, heads, rows, key[2], width, dtype)
+    if named["attn_mask"] is not None:
+        scratch += mask_scratch_bytes(value(named["attn_mask"]), rows, key[2], False, dtype)
+    return scratch
 
 
 def _first_product(

@@ -1,11 +1,13 @@
 """What a planned site reads and holds, for the walk that predicts memory."""
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import sympy
+import torch
 from torch import fx
 
-from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.axes import Size, shape_of, volume
+from flashsvd_compile.analysis.calls import arguments, value
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainEnds,
@@ -13,21 +15,47 @@ from flashsvd_compile.analysis.site_records import (
     FeedForwardSite,
     Outer,
 )
-from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes
+from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
 from flashsvd_compile.memory.view import Lowered
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.plan import Plan
 
 
-def lowered_by(plan: Plan, device: Device, reads: Iterable[fx.Node] | None = None) -> Lowered:
-    """The plan as one operator; ``reads`` in place of what it would read of the graph it is for.
+def lowered_by(plan: Plan, device: Device, operator: fx.Node | None = None) -> Lowered:
+    """The plan as one operator: that in the rewritten graph, or the one that it would become.
 
     Kernels that the compiler launches itself write into an allocation that it may put before what
     they read; operators that it calls allocate as they run.
     """
     on_gpu = device.type == "cuda"
-    found = tuple(_reads(plan) if reads is None else reads)
-    return Lowered(found, _scratch(plan, on_gpu), is_early=on_gpu and _is_one_launch(plan))
+    is_early = on_gpu and _is_one_launch(plan)
+    if operator is None:
+        return Lowered(tuple(_reads(plan)), _scratch(plan, on_gpu, _NO_MASK), is_early)
+    of_mask = _NO_MASK if on_gpu else _mask_scratch(plan, operator)
+    return Lowered(tuple(operator.all_input_nodes), _scratch(plan, on_gpu, of_mask), is_early)
+
+
+class _MaskScratch(NamedTuple):
+    """Bytes while attention runs on library operators, and behind its lift, when it is asked which
+    rows see no key."""
+
+    attending: Size
+    asking: Size
+
+
+_NO_MASK = _MaskScratch(sympy.S.Zero, sympy.S.Zero)
+
+
+def _mask_scratch(plan: Plan, operator: fx.Node) -> _MaskScratch:
+    site, named = plan.site, arguments(operator)
+    if not isinstance(site, AttentionSite) or named["mask"] is None:
+        return _NO_MASK
+    mask, is_causal = value(named["mask"]), named["is_causal"]
+    rows, keys = volume(site.rows), volume(site.keys)
+    attending = mask_scratch_bytes(mask, rows, keys, is_causal, site.dtype)
+    # Rows that see no key must not get the bias: which of the numbers are -inf?
+    asked = mask.dtype != torch.bool and site.value.biases
+    return _MaskScratch(attending, sympy.prod(shape_of(mask)) if asked else sympy.S.Zero)
 
 
 def _is_one_launch(plan: Plan) -> bool:
@@ -53,7 +81,7 @@ def _reads(plan: Plan) -> list[fx.Node]:
     return [site.ends.entry.x.node]
 
 
-def _scratch(plan: Plan, on_gpu: bool) -> Size:
+def _scratch(plan: Plan, on_gpu: bool, of_mask: _MaskScratch) -> Size:
     site = plan.site
     if plan.lowering == "row_blocks":
         return plan.transient_bytes
@@ -70,11 +98,13 @@ def _scratch(plan: Plan, on_gpu: bool) -> Size:
         heads *= share
     scratch *= site.dtype.itemsize
     if not on_gpu:
-        scratch += _library_scratch(site, batch, heads, in_blocks=plan.blocks is not None)
+        scratch += _library_scratch(site, batch, heads, of_mask, plan.blocks is not None)
     return scratch
 
 
-def _library_scratch(site: AttentionSite, batch: Size, heads: Size, in_blocks: bool) -> Size:
+def _library_scratch(
+    site: AttentionSite, batch: Size, heads: Size, of_mask: _MaskScratch, in_blocks: bool
+) -> Size:
     """What ``kernels/attention_library.py`` holds at most beside latents and its result, or a block
     of them.
 
@@ -96,5 +126,7 @@ def _library_scratch(site: AttentionSite, batch: Size, heads: Size, in_blocks: b
     element = batch * heads * site.dtype.itemsize
     attending = element * (queries + padding + latent - (0 if in_blocks else output))
     attending += flash_scratch_bytes(batch, heads, rows, keys, width, site.dtype)
+    attending += of_mask.attending
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
-    return sympy.Max(attending, lifting)
+    asking = element * (queries + latent + output * in_blocks) + of_mask.asking
+    return sympy.Max(attending, lifting, asking)
