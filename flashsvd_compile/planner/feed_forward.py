@@ -85,7 +85,8 @@ def _shape(site: FeedForwardSite, hints: Mapping[Size, int]) -> FeedForwardShape
     outer = site.outer
     hidden_sizes = None
     if isinstance(outer, Outer):
-        hidden_sizes = int(volume(outer.up.hidden)), int(volume(outer.exit.width))
+        x, y = (cost.at(volume(dim), hints) for dim in (outer.up.hidden, outer.exit.width))
+        hidden_sizes = round(x), round(y)
     return FeedForwardShape(
         rows=max(1.0, cost.at(volume(site.tokens), hints)),
         width=int(volume(site.width)),

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from flashsvd_compile.analysis.axes import Size
+from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.site_records import SiblingsSite
 from flashsvd_compile.kernels.siblings_tiles import default_tile, sram_bytes_of
 from flashsvd_compile.options import Options
-from flashsvd_compile.planner.cost import UNKNOWN_SIZE
+from flashsvd_compile.planner.cost import at
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.plan import Plan, Rival, slower, sram_limit
 from flashsvd_compile.planner.siblings_cost import (
@@ -34,8 +34,8 @@ def plan_siblings(
     if site.dtype not in _DTYPES:
         observed, required = str(site.dtype), "float32, float16 or bfloat16"
         return Plan(site, "unfused", reason_at(site.node, Code.DTYPE, observed, required))
-    rows = int(site.rows.subs({s: hints.get(s, UNKNOWN_SIZE) for s in site.rows.free_symbols}))
-    depth = int(value(site.members[0].x).shape[-1])
+    rows = max(1, round(at(site.rows, hints)))
+    depth = round(at(shape_of(value(site.members[0].x))[-1], hints))
     shape = SiblingsShape(rows, depth, site.widths, site.dtype.itemsize)
     separate, together = separate_seconds(shape, device), merged_seconds(shape, device)
     stays = Plan(
