@@ -57,12 +57,11 @@ def _attention(
     found, lost = plan.site, 0.0
     assert isinstance(found, AttentionSite)
     if plan.lowering == "unfused":
+        unfused_seconds = plan.seconds or 0.0
         plan = plan_attention(found, device, replace(options, attention="rank_space"), sizes)
         if plan.lowering == "unfused":
             return
-        assert isinstance(plan.site, AttentionSite)
-        rank_space = cost.attention_cost(plan.site, device, sizes).seconds
-        lost = max(0.0, rank_space - cost.attention_cost(found, device, sizes).seconds)
+        lost = max(0.0, (plan.seconds or 0.0) - unfused_seconds)
         yield Alternative(_told(plan, "latents take less memory"), lost)
     site = plan.site
     assert isinstance(site, AttentionSite)
@@ -78,7 +77,8 @@ def _attention(
         blocks = AttentionBlocks(rows, own, entries)
         count = math.ceil(batch / rows) * math.ceil(heads / own)
         told = f"blocks of {rows} of the batch" + (f" and {own} heads" if own < heads else "")
-        planned = replace(_told(plan, told), blocks=blocks)
+        seconds = None if plan.seconds is None else plan.seconds + count * launches
+        planned = replace(_told(plan, told), blocks=blocks, seconds=seconds)
         yield Alternative(planned, lost + count * launches)
 
 
@@ -90,8 +90,9 @@ def _feed_forward(
     tokens, fastest = volume(site.tokens), feed_forward_seconds(plan, device, sizes)
 
     def alternative(planned: Plan, why: str) -> Alternative:
-        lost = feed_forward_seconds(planned, device, sizes) - fastest
-        return Alternative(_told(planned, why), max(0.0, lost))
+        seconds = feed_forward_seconds(planned, device, sizes)
+        told = replace(_told(planned, why), seconds=seconds)
+        return Alternative(told, max(0.0, seconds - fastest))
 
     for name in ("streamed", "streamed_whole", "row_blocks"):
         other = plan_feed_forward(site, device, replace(options, feed_forward=name), sizes)
