@@ -122,11 +122,11 @@ def _library_scratch(
     padding += rows * width if rank_k < rank_v else 0
     latent, output = rows * width, rows * site.value.width_size
     is_copied = heads != 1 or bool(site.masks and site.value.biases)
-    outputs = is_copied + (site.value.factor is not None)
+    outputs = int(is_copied) + int(site.value.factor is not None)
     element = batch * heads * site.dtype.itemsize
     attending = element * (queries + padding + latent - (0 if in_blocks else output))
     attending += flash_scratch_bytes(batch, heads, rows, keys, width, site.dtype)
     attending += of_mask.attending
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
-    asking = element * (queries + latent + output * in_blocks) + of_mask.asking
+    asking = element * (queries + latent + (output if in_blocks else 0)) + of_mask.asking
     return sympy.Max(attending, lifting, asking)
