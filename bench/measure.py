@@ -1,6 +1,6 @@
 """How every bench here measures: interleaved times, peak bytes of one call, the environment.
 
-``median_ms`` runs the candidates in turns: see ``flashsvd_compile/timing.py``.
+``median_ms`` runs the candidates in turns: see ``flashsvd_compile/tuning/timing.py``.
 
 ``peak_transient_bytes`` is what one call allocates beyond what was live before it, at its worst
 moment, its outputs included: on CUDA the allocator's own peak, on CPU the profiler's record of
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from flashsvd_compile.memory.measured import measured_peak
-from flashsvd_compile.timing import median_ms as median_ms
+from flashsvd_compile.tuning.timing import median_ms as median_ms
 
 # Read at the first profile: without it, torch announces each one on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

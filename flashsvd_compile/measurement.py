@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flashsvd_compile.memory.measured import MeasuredPeak, measured_peak
-from flashsvd_compile.timing import median_ms
+from flashsvd_compile.tuning.timing import median_ms
 
 ROUNDS = 5
 

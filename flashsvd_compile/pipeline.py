@@ -132,9 +132,7 @@ def rewrite(
     """
     clock = _Clock()
     may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
-    device_of = cache(partial(_device, options=options, may_measure=may_measure))
-    if device is not None:
-        device_of = cache(lambda _: device)
+    device_of = cache(partial(_device, named=device, options=options, may_measure=may_measure))
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
     split_einsums(module.graph)
@@ -236,8 +234,13 @@ def _kinds(plans: Sequence[Plan]) -> dict[fx.Node, str]:
     }
 
 
-def _device(device: torch.device, options: Options, may_measure: bool) -> Device:
-    """With rates of its own, where they are known or may be measured."""
+def _device(
+    device: torch.device, named: Device | None, options: Options, may_measure: bool
+) -> Device:
+    """``named`` in its place, or else with rates of its own, where they are known or may be
+    measured."""
+    if named is not None:
+        return named
     assumed = device_for(device)
     if options.autotune is False:
         return assumed

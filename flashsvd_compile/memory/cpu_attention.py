@@ -36,8 +36,7 @@ def mask_scratch_bytes(
     is_boolean = mask.dtype == torch.bool
     elements = sympy.prod(shape_of(mask))
     if is_causal:
-        of_batch_and_heads = sympy.prod(shape_of(mask)[:-2]) if mask.dim() > 2 else 1
-        elements = of_batch_and_heads * rows * keys
+        elements = sympy.prod(shape_of(mask)[:-2]) * rows * keys
     added = elements * dtype.itemsize if is_boolean or mask.dtype != dtype else 0
     made_causal = elements * mask.dtype.itemsize if is_causal else 0
     return added + made_causal

@@ -27,10 +27,6 @@ class MeasuredPeak:
     transient_bytes: int
     is_least: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready values."""
-        return dict(vars(self))
-
 
 def measured_peak(fn: Callable[[], Any], device: torch.device | str = "cuda") -> MeasuredPeak:
     """What one call of ``fn`` holds at most.

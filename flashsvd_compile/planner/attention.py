@@ -13,7 +13,7 @@ from flashsvd_compile.kernels import attention_extents, attention_tiles
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower_rival, sram_limit
 from flashsvd_compile.planner.tiling import Tiling, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -39,19 +39,15 @@ def plan_attention(
     rivals = (Rival("rank_space", None, why),)
     if rank_space is not None:
         why = stays.reason
-        rivals = (Rival("rank_space", seconds, slower(site, seconds, unfused_seconds)),)
+        rivals = (slower_rival(site, "rank_space", seconds, unfused_seconds),)
     if options.attention == "unfused":
         why = reason_at(site.node, Code.FORCED, "attention='unfused'")
     elif rank_space is not None:
         if options.attention == "auto" and device.type == "cuda" and site.dtype.itemsize == 4:
             why = _not_measured(site)
         elif options.attention == "rank_space" or seconds < unfused_seconds:
-            lost_to = slower(site, unfused_seconds, seconds)
-            return replace(
-                rank_space,
-                unfused_bytes=base.transient_bytes,
-                rivals=(Rival("unfused", unfused_seconds, lost_to),),
-            )
+            rival = slower_rival(site, "unfused", unfused_seconds, seconds)
+            return replace(rank_space, unfused_bytes=base.transient_bytes, rivals=(rival,))
     return replace(stays, reason=why, rivals=rivals)
 
 

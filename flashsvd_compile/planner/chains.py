@@ -15,7 +15,7 @@ from flashsvd_compile.planner.chain_cost import (
     unfused_seconds,
 )
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, slower, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, slower_rival, sram_limit
 from flashsvd_compile.planner.tiling import only_tile
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -37,9 +37,9 @@ def plan_chain(
     if options.chain == "streamed":
         streamed = replace(streamed, reason=reason_at(site.node, Code.FORCED, "chain='streamed'"))
     elif options.chain == "unfused" or separate <= together or site.dtype.itemsize != 2:
-        rival = Rival("streamed", together, slower(site, together, separate))
+        rival = slower_rival(site, "streamed", together, separate)
         return replace(unfused, seconds=separate, rivals=(rival,))
-    rival = Rival("unfused", separate, slower(site, separate, together))
+    rival = slower_rival(site, "unfused", separate, together)
     return replace(streamed, seconds=together, rivals=(rival,))
 
 

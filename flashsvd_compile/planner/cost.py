@@ -1,4 +1,4 @@
-"""Time and bytes of each way to run a site, from counted operations and a device's rates.
+"""Time and bytes of attention, from counted operations and a device's rates; sizes as examples.
 
 Library operators and streaming kernels are judged by the same formula, so that what differs is
 what they do: how wide the attention runs, what is lifted where, and what reaches memory.
@@ -13,6 +13,7 @@ import torch
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
 from flashsvd_compile.planner.device import Device
+from flashsvd_compile.planner.roofline import macs_per_s
 
 # The size that an unbounded symbol is judged at when no example size is known.
 UNKNOWN_SIZE = 4096
@@ -36,18 +37,18 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
     query, key, value = site.query, site.key, site.value
     pairs = batch * heads * rows * keys
     macs = pairs * (_padded(key, device) + _padded(value, device))
-    macs_per_s = device.macs_per_s[_class(element)] * device.efficiency.attention
-    seconds = at(macs, hints) / macs_per_s
+    rate = _macs_per_s(site, device)
+    seconds = at(macs, hints) / rate
     seconds += at(pairs, hints) / device.exps_per_s
     transient: Size = sympy.Integer(0)
     for arm, count in ((query, rows), (key, keys), (value, keys)):
         lifted = batch * heads * count * arm.width_size
         if arm.factor is not None and arm is not key:
             work = lifted * arm.rank_size
-            seconds += at(work, hints) / macs_per_s
+            seconds += at(work, hints) / rate
         if arm is query and key.factor is not None:
             work = batch * heads * rows * key.width_size * key.rank_size
-            seconds += at(work, hints) / macs_per_s
+            seconds += at(work, hints) / rate
         if arm.factor is None:
             seconds += 2 * at(lifted, hints) * element / device.bytes_per_s
             transient += lifted * element
@@ -57,8 +58,7 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
 def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> float:
     """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
     count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
-    macs_per_s = device.macs_per_s[_class(site.dtype.itemsize)] * device.efficiency.attention
-    return at(count * arm.rank_size, hints) / macs_per_s + device.launch_s
+    return at(count * arm.rank_size, hints) / _macs_per_s(site, device) + device.launch_s
 
 
 def feed_forward_bytes(site: FeedForwardSite) -> Size:
@@ -72,8 +72,8 @@ def _padded(arm: Arm, device: Device) -> int:
     return arm.rank_size if device.type == "cpu" else max(16, -(-arm.rank_size // 16) * 16)
 
 
-def _class(element_bytes: int) -> int:
-    return 2 if element_bytes <= 2 else 4
+def _macs_per_s(site: AttentionSite, device: Device) -> float:
+    return macs_per_s(device, site.dtype.itemsize) * device.efficiency.attention
 
 
 def at(size: Size, hints: Mapping[Size, int]) -> float:

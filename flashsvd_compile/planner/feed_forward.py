@@ -27,7 +27,7 @@ from flashsvd_compile.planner.feed_forward_cost import (
     streamed_whole_seconds,
     unfused_seconds,
 )
-from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, check_dtype, lost, slower_rival, sram_limit
 from flashsvd_compile.planner.tiling import only_tile, tiling_of
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -62,7 +62,7 @@ def plan_feed_forward(
     rivals = [
         Rival(other, None, way)
         if isinstance(way, Reason)
-        else Rival(other, seconds[other], slower(site, seconds[other], seconds[name]))
+        else slower_rival(site, other, seconds[other], seconds[name])
         for other, way in ways.items()
         if other != name
     ]

@@ -108,7 +108,7 @@ def _by_library(of: FeedForwardShape, device: Device, rows: float) -> float:
     if device.type != "cuda" and of.rows >= CPU_FASTEST_FROM_BLOCKS * rows:
         activated = 0  # blocks stay in the last cache
     down = matmul(device, rows, of.rank_down, of.width, of.element_bytes)
-    return lifts + elementwise(device, [activated]) + down
+    return lifts + elementwise(device, activated) + down
 
 
 def _lifted(of: FeedForwardShape, device: Device, rows: float, tile: TileConfig) -> float:

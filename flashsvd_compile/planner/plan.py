@@ -96,7 +96,8 @@ def sram_limit(device: Device, options: Options) -> int:
     return min(options.sram_budget or device.sram_bytes, device.sram_bytes)
 
 
-def slower(site: Site, seconds: float, best_seconds: float) -> Reason:
-    """Why a rival lost that could have run."""
+def slower_rival(site: Site, lowering: str, seconds: float, best_seconds: float) -> Rival:
+    """One that could have run."""
     ratio = f"{seconds / best_seconds:.2f} times as long" if best_seconds else "longer"
-    return reason_at(site.node, Code.NOT_PROFITABLE, f"{ratio}, as predicted")
+    reason = reason_at(site.node, Code.NOT_PROFITABLE, f"{ratio}, as predicted")
+    return Rival(lowering, seconds, reason)

@@ -1,7 +1,6 @@
 """Seconds of library operators: what bounds them, and how near to the bound they come."""
 
 import math
-from collections.abc import Sequence
 
 from flashsvd_compile.planner.device import Device
 
@@ -43,9 +42,9 @@ def matmul(device: Device, rows: float, columns: int, depth: int, element_bytes:
     )
 
 
-def elementwise(device: Device, bytes_: Sequence[float]) -> float:
+def elementwise(device: Device, bytes_: float) -> float:
     """A pass that reads and writes ``bytes_``."""
-    return device.efficiency.launch_s + traffic(device, sum(bytes_))
+    return device.efficiency.launch_s + traffic(device, bytes_)
 
 
 def traffic(device: Device, bytes_: float) -> float:

@@ -12,7 +12,7 @@ from flashsvd_compile.kernels.siblings_tiles import default_tile, sram_bytes_of
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner.cost import at
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.plan import Plan, Rival, slower, sram_limit
+from flashsvd_compile.planner.plan import Plan, Rival, slower_rival, sram_limit
 from flashsvd_compile.planner.siblings_cost import (
     SiblingsShape,
     merged_seconds,
@@ -38,10 +38,8 @@ def plan_siblings(
     depth = round(at(shape_of(value(site.members[0].x))[-1], hints))
     shape = SiblingsShape(rows, depth, site.widths, site.dtype.itemsize)
     separate, together = separate_seconds(shape, device), merged_seconds(shape, device)
-    stays = Plan(
-        site, "unfused", slower(site, together, separate), seconds=separate,
-        rivals=(Rival("merged", together, slower(site, together, separate)),),
-    )  # fmt: skip
+    loses = slower_rival(site, "merged", together, separate)
+    stays = Plan(site, "unfused", loses.reason, seconds=separate, rivals=(loses,))
     if options.siblings == "unfused":
         return replace(stays, reason=reason_at(site.node, Code.FORCED, "siblings='unfused'"))
     if options.siblings == "auto":
@@ -53,10 +51,8 @@ def plan_siblings(
     reason = reason_at(site.node, Code.PLANNED, f"{count} products in one launch")
     if options.siblings == "merged":
         reason = reason_at(site.node, Code.FORCED, f"siblings='merged' of {count} products")
-    merged = Plan(
-        site, "merged", reason, seconds=together,
-        rivals=(Rival("unfused", separate, slower(site, separate, together)),),
-    )  # fmt: skip
+    rival = slower_rival(site, "unfused", separate, together)
+    merged = Plan(site, "merged", reason, seconds=together, rivals=(rival,))
     if device.type != "cuda":
         return merged
     element = site.dtype.itemsize

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from flashsvd_compile.tuning.apart import apart, device_name, is_there
 from flashsvd_compile.tuning.cache import TileCache
 from flashsvd_compile.tuning.example_call import ExampleCall, example_of
+from flashsvd_compile.tuning.timing import FLUSHED_BYTES, cuda_timer
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ ROUNDS = 15
 
 # What operands may take of the free memory; what is larger is cut along its first axis.
 MAX_SHARE_OF_FREE_MEMORY = 0.25
-# A pass over more than any second-level cache before each timed run, also of free memory.
-FLUSHED_BYTES = 256 * 2**20
 
 # A right result errs, relative to the exact one, at most by this many times what library operators
 # in its dtype do, plus this many roundings. Generous: what is wrong is wrong by far more.
@@ -145,22 +144,15 @@ def _distance(found: Tensor, exact: Tensor) -> float:
 def _timed(
     runs: Mapping[Tile, Callable[[], Tensor]], device: torch.device, deadline: float
 ) -> dict[Tile, float]:
-    """Median milliseconds, taken in turns. Each run waits behind a pass over a buffer: it starts
-    cold, and the host is ahead of the device, so that what is timed is the device."""
+    """Median milliseconds, taken in turns."""
     flushed = min(FLUSHED_BYTES, int(_free_bytes(device) * MAX_SHARE_OF_FREE_MEMORY))
-    flush = torch.empty(flushed, dtype=torch.int8, device=device)
+    timed = cuda_timer(device, flushed)
     samples: dict[Tile, list[float]] = {tile: [] for tile in runs}
     for done in range(ROUNDS):
         if done and time.perf_counter() > deadline:
             break
         for tile, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            samples[tile].append(start.elapsed_time(end))
+            samples[tile].append(timed(run))
     return {tile: statistics.median(values) for tile, values in samples.items()}
 
 

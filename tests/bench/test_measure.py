@@ -7,8 +7,8 @@ import torch
 
 from bench import measure
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
-from flashsvd_compile import timing
 from flashsvd_compile.memory.measured import measured_peak
+from flashsvd_compile.tuning import timing
 
 MIB = 2**20
 SCALARS = 64  # bytes: an operation wraps its Python numbers into tensors

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-_FLUSH_BYTES = 256 * 2**20  # five times the 50 MiB second-level cache of an H100
+# Five times the 50 MiB second-level cache of an H100.
+FLUSHED_BYTES = 256 * 2**20
 
 
 def median_ms(
@@ -28,7 +29,7 @@ def median_ms(
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, got {rounds} and {warmup}")
-    timed = _cuda_timer(device) if torch.device(device).type == "cuda" else _host_ms
+    timed = cuda_timer(device) if torch.device(device).type == "cuda" else _host_ms
     for fn in fns.values():
         for _ in range(warmup):
             fn()
@@ -45,8 +46,11 @@ def _host_ms(fn: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_timer(device: torch.device | str) -> Callable[[Callable[[], Any]], float]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+def cuda_timer(
+    device: torch.device | str, flushed_bytes: int = FLUSHED_BYTES
+) -> Callable[[Callable[[], Any]], float]:
+    """What times one call in milliseconds, behind a pass over a buffer of ``flushed_bytes``."""
+    flush = torch.empty(flushed_bytes, dtype=torch.int8, device=device)
 
     def timed(fn: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
