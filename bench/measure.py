@@ -20,22 +20,13 @@ from typing import Any
 import torch
 
 from flashsvd_compile.memory.measured import measured_peak
+from flashsvd_compile.tuning.timing import captured as captured
 from flashsvd_compile.tuning.timing import median_ms as median_ms
 
 # Read at the first profile: without it, torch announces each one on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """``call`` as the replay of a CUDA graph: the device is timed, not the host."""
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def peak_transient_bytes(fn: Callable[[], Any], device: torch.device | str = "cuda") -> int:

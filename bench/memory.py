@@ -125,6 +125,8 @@ def grid_of(case: tuple[str, int, int], device: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     free = least = 0
     for share in ("free", *SHARES):
+        if share is None and not least:
+            continue
         budget: int | str = least if share is None else "1000GiB"
         if isinstance(share, float):
             budget = int(free * share)
@@ -134,8 +136,6 @@ def grid_of(case: tuple[str, int, int], device: str) -> list[dict[str, Any]]:
         except BudgetError as error:
             least = error.least_bytes
             rows.append(row | {"outcome": "refused"})
-            continue
-        if share is None and not least:
             continue
         call = compiled(model, inputs, budget)
         out_bytes = call().nbytes

@@ -31,7 +31,11 @@ def in_processes(
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=_start, initargs=(spawn.Lock(),)) as pool:
-        yield from pool.map(function, items)
+        try:
+            yield from pool.map(function, items)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _start(turn: Any) -> None:

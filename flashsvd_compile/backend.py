@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ def flashsvd(
     """
     parsed = Options.parse(options, mode)
     try:
-        rewritten = rewrite(gm, example_inputs, parsed, walk_untouched=parsed.debug_dir is not None)
+        rewritten = rewrite(
+            gm, example_inputs, parsed,
+            compiled=partial(_compile, options=parsed),
+            walk_untouched=parsed.debug_dir is not None,
+        )  # fmt: skip
     except BudgetError:
         raise
     except Exception:

@@ -149,12 +149,7 @@ def _traced(call: partial[Any], options: Options, device: Device | None) -> list
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            found.append(
-                rewrite(
-                    gm, example_inputs, options,
-                    may_measure=False, device=device, walk_untouched=True,
-                )
-            )  # fmt: skip
+            found.append(rewrite(gm, example_inputs, options, device=device, walk_untouched=True))
         except Exception as error:  # Dynamo would wrap it, or suppress it
             errors.append(error)
         return gm.forward

@@ -4,7 +4,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,11 +41,13 @@ class Options:
     compiling raises BudgetError. ``max_batch`` and ``max_length``: the largest first and second
     size of dynamic inputs that the budget has to hold for; beyond them, or beyond the first call's
     where they are not given, another graph is planned.
-    ``autotune``: whether tiles of kernels are timed on the GPU while a model is compiled, a few for
-    each kind of call, and the fastest kept on disk (`cache_directory`). ``"auto"``: where the GPU's
-    generation has no table of tiles, and everywhere under Inductor's ``max_autotune``, which
-    ``mode="max-autotune"`` sets. ``True``: everywhere. ``False``: nowhere, and none kept is read;
-    nor are the device's own rates measured (once, a fraction of a second), those of its kind count.
+    ``autotune``: what is timed while a model is compiled, and the fastest kept on disk
+    (`cache_directory`). ``True``: for each kind of site the lowerings that are predicted to be near
+    the fastest, compiled (inference only; tens of seconds), and on a GPU for each kind of call a
+    few tiles. ``"auto"``: all of it under Inductor's ``max_autotune``, which
+    ``mode="max-autotune"`` sets, else only tiles, where the GPU's generation has no table of them.
+    ``False``: nothing, and nothing kept is read; nor are the device's own rates measured (once, a
+    fraction of a second), those of its kind count.
     ``keep``, ``weight_budget``: factor the dense weights of a model in inference while compiling
     it, to this share of each one's parameters, in (0, 1), or so that those of one graph fit into
     this many bytes, a number or ``"200MiB"``; at most one of the two. None factors nothing.
@@ -80,6 +82,16 @@ class Options:
         if self.autotune == "auto":
             return not is_measured or bool(self.inductor.get("max_autotune"))
         return bool(self.autotune)
+
+    @property
+    def times_lowerings(self) -> bool:
+        """Whether lowerings are timed in place of a prediction, which no device is without."""
+        return self.times_tiles(is_measured=True)
+
+    def forcing(self, kind: str, lowering: str) -> "Options":
+        """The same, with ``lowering`` for all sites of ``kind``."""
+        given: dict[str, Any] = {kind: lowering}
+        return replace(self, **given)
 
     @classmethod
     def parse(

@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -12,36 +12,20 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from flashsvd_compile.analysis.axes import Size
-from flashsvd_compile.analysis.calls import aten, is_aten, overload, pin_floats, value
-from flashsvd_compile.analysis.facts import Facts
-from flashsvd_compile.analysis.known_sizes import KnownSizes
+from flashsvd_compile.analysis.calls import aten, is_aten, overload
 from flashsvd_compile.analysis.siblings import find_siblings
-from flashsvd_compile.analysis.site_records import (
-    AttentionSite,
-    ChainSite,
-    FeedForwardSite,
-    SiblingsSite,
-    Site,
-    Skip,
-)
+from flashsvd_compile.analysis.site_records import Site, Skip
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
+from flashsvd_compile.contest import Contest
 from flashsvd_compile.factoring.feed import Feed
 from flashsvd_compile.factoring.planned_factors import factor_weights
 from flashsvd_compile.factoring.records import Factoring
-from flashsvd_compile.lowering.attention import lower_attention
-from flashsvd_compile.lowering.builder import Builder
-from flashsvd_compile.lowering.chain import lower_chain
+from flashsvd_compile.fingerprint import fingerprint
 from flashsvd_compile.lowering.einsum import split_einsums
-from flashsvd_compile.lowering.feed_forward import (
-    lower_row_blocks,
-    lower_streamed,
-    lower_streamed_whole,
-)
 from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.residual_sums import write_residual_sums
-from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.memory.liveness import MemoryProfile, walk
 from flashsvd_compile.memory.peak import Peak, peak_of
@@ -49,16 +33,17 @@ from flashsvd_compile.memory.timeline import Timelines, steps_of
 from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
-from flashsvd_compile.planner.budget import plan_within_budget
+from flashsvd_compile.placement import Placement
+from flashsvd_compile.planner.budget import BudgetError, plan_within_budget
 from flashsvd_compile.planner.cost import at, size_hints
 from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.held import lowered_by
 from flashsvd_compile.planner.largest_sizes import hold_at_most, largest_sizes
 from flashsvd_compile.planner.plan import Plan
-from flashsvd_compile.planner.siblings import plan_siblings
 from flashsvd_compile.planner.sites import drop_taken, plan_site
 from flashsvd_compile.tuning.cache import cache_in
 from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind
+from flashsvd_compile.tuning.race import Compile, Race
 from flashsvd_compile.tuning.rates import rates_of
 
 
@@ -117,21 +102,68 @@ def rewrite(
     example_inputs: Sequence[Any],
     options: Options,
     *,
-    may_measure: bool = True,
+    compiled: Compile | None = None,
     device: Device | None = None,
-    unseen_bytes: int = 0,
     walk_untouched: bool = False,
 ) -> Rewritten:
     """Normalise, analyse, plan and rewrite. ``gm`` itself is left as it was.
 
-    ``may_measure``: whether tiles may be timed on the device, where options ask for it.
-    ``device``: what to plan for in place of the tensors' own devices; no tile is timed then.
-    ``unseen_bytes``: what a memory budget has to leave for what plans do not tell, such as masks.
+    ``compiled``: compiles what is timed on the device, where options ask for that; without it
+    nothing is timed now, and what was before counts.
+    ``device``: what to plan for in place of the tensors' own devices; nothing timed counts then.
     ``walk_untouched``: whether to tell what the graph would hold as it was, too.
     Raises BudgetError where no choice of lowerings keeps the budget.
     """
+    once = partial(
+        _rewrite, gm, example_inputs, compiled=compiled, device=device,
+        walk_untouched=walk_untouched,
+    )  # fmt: skip
+    try:
+        return _within_budget(once, options)
+    except BudgetError as error:
+        least = error
+    while least.least_bytes:  # what it names has to be enough
+        try:
+            _within_budget(once, replace(options, memory_budget=least.least_bytes))
+        except BudgetError as error:
+            least = error
+        else:
+            assert options.memory_budget is not None
+            raise BudgetError.of(options.memory_budget, least.least_bytes, least.held)
+    raise least
+
+
+def _within_budget(once: Callable[..., Rewritten], options: Options) -> Rewritten:
+    """The graph rewritten anew, until it holds what the budget leaves: plans do not tell all."""
+    found, unseen_bytes = once(options), 0
+    while options.memory_budget is not None:
+        over = found.peak.transient_bytes - options.memory_budget
+        if over <= 0:
+            break
+        unseen_bytes += over
+        found = once(options, unseen_bytes=unseen_bytes)
+    return found
+
+
+def _rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    compiled: Compile | None,
+    device: Device | None,
+    walk_untouched: bool,
+    unseen_bytes: int = 0,
+) -> Rewritten:
+    """See `rewrite`; ``unseen_bytes``: what a memory budget has to leave for what plans do not
+    tell, such as masks."""
     clock = _Clock()
+    may_measure = compiled is not None
     may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
+    race, tiled = None, _as_planned
+    if device is None:
+        race = _race(options, compiled, may_measure)
+        tiled = partial(_with_fastest_tile, options=options, may_measure=may_measure)
     device_of = cache(partial(_device, named=device, options=options, may_measure=may_measure))
     module = normalize(gm, example_inputs)
     free_in_place(module.graph)
@@ -160,7 +192,22 @@ def rewrite(
     clock.lap("analysis")
 
     hints = size_hints([node.meta.get("val") for node in module.graph.nodes])
-    plans = drop_taken([plan_site(s, device_of(s.device), options, hints) for s in sites])
+    placement = Placement(facts, SymbolicValues(module.graph))
+
+    def plan_of(site: Site, options: Options) -> Plan:
+        return plan_site(site, device_of(site.device), options, hints)
+
+    def plans_of(sites: Sequence[Site]) -> list[Plan]:
+        """Lowerings are timed against each other where that is asked, in the graph as it is now."""
+        found = [plan_of(site, options) for site in sites]
+        clock.lap("plan")
+        if race is not None:
+            contest = Contest(options, plan_of, placement, tiled, race)
+            found = [contest.winner(*pair) for pair in zip(found, sites, strict=True)]
+        clock.lap("measure")
+        return found
+
+    plans = drop_taken(plans_of(sites))
     largest = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
         plans = plan_within_budget(
@@ -170,17 +217,15 @@ def rewrite(
     clock.lap("plan")
 
     replaced: dict[fx.Node, Any] = {}
-    scope = _Scope(facts, SymbolicValues(module.graph))
     results: list[fx.Node | None] = []
     for plan in plans:
-        results.append(None)
-        if plan.lowering != "unfused":
-            result, old = _lower(plan, scope)
-            replaced[result], results[-1] = old, result
+        put = placement.put(plan)
+        replaced |= put
+        results.append(next(iter(put), None))
     clock.lap("rewrite")
 
     plans = tuple(
-        plan if result is None or device else _with_fastest_tile(plan, result, options, may_measure)
+        plan if result is None else tiled(plan, result)
         for plan, result in zip(plans, results, strict=True)
     )
     clock.lap("measure")
@@ -188,14 +233,13 @@ def rewrite(
     _erase_dead(module.graph)
     # Latents that no site computes itself stand alone in the graph now.
     siblings, missed = find_siblings(facts, module.graph)
-    merges = [plan_siblings(s, device_of(s.device), options, hints) for s in siblings]
-    sizes = KnownSizes()
+    placement = Placement(facts, placement.values)  # sizes that it knew may be among the erased
+    merges = plans_of(siblings)
     launches: dict[fx.Node, str] = {}
     for plan in merges:
-        if plan.lowering == "merged":
-            merged = _merge(plan, sizes)
-            launches |= {launch_behind(result): plan.site.kind for result in merged}
-            replaced |= merged
+        merged = placement.put(plan)
+        launches |= {launch_behind(result): plan.site.kind for result in merged}
+        replaced |= merged
     settle_strides(module.graph, replaced, facts.mutated)
     if replaced and not torch.is_grad_enabled():
         write_residual_sums(module.graph, facts.mutated)
@@ -210,18 +254,9 @@ def rewrite(
         for plan, result in zip(plans, results, strict=True)
         if result is not None
     }
-    found = Rewritten(
+    return Rewritten(
         module, before, module.code, *told, clock.laps, lowered, largest,
         {site.node: site for site in (*sites, *siblings)}, launches, untouched, factoring, feed,
-    )  # fmt: skip
-    if options.memory_budget is None:
-        return found
-    over = found.peak.transient_bytes - options.memory_budget
-    if over <= 0:
-        return found
-    return rewrite(
-        gm, example_inputs, options, may_measure=may_measure, device=device,
-        unseen_bytes=unseen_bytes + over, walk_untouched=walk_untouched,
     )  # fmt: skip
 
 
@@ -267,56 +302,16 @@ def _lowered(
     return found
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """What the lowerings of one graph share.
-
-    ``instead``: nodes that are gone, each with the one in its place: later sites were found
-    reading them.
-    """
-
-    facts: Facts
-    values: SymbolicValues
-    sizes: KnownSizes = field(default_factory=KnownSizes)
-    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+def _race(options: Options, compiled: Compile | None, may_measure: bool) -> Race | None:
+    """None where no lowerings are timed; in training nothing was made for that."""
+    if not options.times_lowerings or torch.is_grad_enabled():
+        return None
+    setting = f"{fingerprint(options)} {sorted(options.inductor.items())}"
+    return Race(compiled, setting, cache_directory() / "lowerings", may_measure)
 
 
-def _lower(plan: Plan, scope: _Scope) -> tuple[fx.Node, Any]:
-    """Put the plan's lowering in the place of the site's result; returns the new and the old."""
-    site, node = plan.site, plan.node
-    pin_floats(plan.region)
-    builder = Builder(node, scope.facts.space, scope.instead, scope.sizes)
-    if isinstance(site, AttentionSite):
-        sram_budget = 0 if plan.tiling is None else plan.tiling.sram_limit
-        result = lower_attention(site, builder, plan.tile, sram_budget, scope.values, plan.blocks)
-    elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed":
-        result = lower_streamed(site, builder, list(plan.tile))
-    elif isinstance(site, FeedForwardSite) and plan.lowering == "streamed_whole":
-        result = lower_streamed_whole(site, builder, list(plan.tile))
-    elif isinstance(site, ChainSite):
-        result = lower_chain(site, builder, list(plan.tile))
-    elif isinstance(site, FeedForwardSite):
-        result = lower_row_blocks(site, builder, plan.block_rows, list(plan.tile))
-    else:
-        raise AssertionError(f"no lowering {plan.lowering} for a {site.kind}")
-    old = value(node)
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
-    scope.instead[node] = result
-    return result, old
-
-
-def _merge(plan: Plan, sizes: KnownSizes) -> dict[fx.Node, Any]:
-    """Put one launch in the place of siblings; returns their new nodes with the old values."""
-    pin_floats(plan.site.region)
-    assert isinstance(plan.site, SiblingsSite)
-    replaced = {}
-    results = lower_siblings(plan.site, plan.tile, sizes)
-    for member, result in zip(plan.site.members, results, strict=True):
-        replaced[result] = value(member.node)
-        member.node.replace_all_uses_with(result)
-        member.node.graph.erase_node(member.node)
-    return replaced
+def _as_planned(plan: Plan, result: fx.Node) -> Plan:
+    return plan
 
 
 def _with_fastest_tile(plan: Plan, result: fx.Node, options: Options, may_measure: bool) -> Plan:

@@ -10,7 +10,8 @@ from flashsvd_compile.measurement import Measurement, Run
 from flashsvd_compile.memory.timeline import most_total, most_transient
 from flashsvd_compile.pipeline import Rewritten
 from flashsvd_compile.planner.flops import flops_of_all
-from flashsvd_compile.units import bytes_text, flops_text
+from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.units import bytes_text, flops_text, seconds_text
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Totals:
 
     ``sites``: how many have a plan, ``rewritten`` of them. ``flops``: 2 × the multiply-adds of the
     sites, each product once; ``unfused_flops`` of the same factors, also where weights were dense.
+    ``seconds``: of the sites whose time was predicted or measured, ``unfused_seconds`` of the same.
     ``transient_bytes``: the most that any graph holds beyond its inputs and outputs,
     ``total_bytes`` with its outputs; as predicted for inference under Inductor. ``untouched_..``:
     of the graphs as they were. ``measured``: None where that was not asked.
@@ -28,6 +30,8 @@ class Totals:
     rewritten: int
     flops: int
     unfused_flops: int
+    seconds: float
+    unfused_seconds: float
     transient_bytes: int
     untouched_transient_bytes: int
     total_bytes: int
@@ -41,6 +45,11 @@ class Totals:
                 "FLOPs of the sites, unfused → planned",
                 flops_text(self.unfused_flops),
                 flops_text(self.flops),
+            ],
+            [
+                "time of the sites, unfused → planned",
+                seconds_text(self.unfused_seconds),
+                seconds_text(self.seconds),
             ],
             [
                 "peak of transient bytes, untouched → rewritten",
@@ -74,6 +83,7 @@ def totals_of(graphs: Sequence[Rewritten], measured: Measurement | None = None) 
         (graph, flops_of_all([(plan, graph.found[plan.site.node]) for plan in graph.plans]))
         for graph in graphs
     ]
+    times = [pair for plan in plans if (pair := _seconds(plan)) is not None]
     before = [graph.timelines.before for graph in graphs]
     after = [graph.timelines.after for graph in graphs]
     return Totals(
@@ -81,6 +91,8 @@ def totals_of(graphs: Sequence[Rewritten], measured: Measurement | None = None) 
         rewritten=sum(plan.lowering != "unfused" for plan in plans),
         flops=sum(round(graph.at(of.planned)) for graph, of in flops),
         unfused_flops=sum(round(graph.at(of.unfused)) for graph, of in flops),
+        seconds=sum(seconds for seconds, _ in times),
+        unfused_seconds=sum(unfused for _, unfused in times),
         transient_bytes=max(map(most_transient, after), default=0),
         untouched_transient_bytes=max(map(most_transient, before), default=0),
         total_bytes=max(map(most_total, after), default=0),
@@ -89,10 +101,18 @@ def totals_of(graphs: Sequence[Rewritten], measured: Measurement | None = None) 
     )
 
 
+def _seconds(plan: Plan) -> tuple[float, float] | None:
+    """Of the plan and of its site unfused; None where one of them is not known."""
+    known = {rival.lowering: rival.seconds for rival in plan.rivals} | {plan.lowering: plan.seconds}
+    now, then = known[plan.lowering], known.get("unfused")
+    return None if now is None or then is None else (now, then)
+
+
 def _cells(run: Run) -> list[str]:
     """What was measured of each row."""
     least = "at least " if run.peak.is_least else ""
     return [
+        "",
         "",
         "",
         least + bytes_text(run.peak.transient_bytes),

@@ -15,7 +15,7 @@ import flashsvd_compile as fsc
 from flashsvd_compile import pipeline
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.tiling import MAX_TIMED
-from flashsvd_compile.tuning import fastest
+from flashsvd_compile.tuning import circumstances, fastest
 
 KIB = 1024
 TENSOR_CORES = {2: 2e14, 4: 1.9e13}
@@ -51,7 +51,7 @@ def gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(pipeline, "device_for", lambda device_of_site: device)
         monkeypatch.setattr(fastest, "_can_be_timed", lambda device: True)
         monkeypatch.setattr(fastest, "_free_bytes", lambda device: 2**33)
-        monkeypatch.setattr(fastest, "device_name", lambda device: generation)
+        monkeypatch.setattr(circumstances, "device_name", lambda device: generation)
         monkeypatch.setattr(fastest, "_timed", fake_clock)
         return timed
 

@@ -17,7 +17,7 @@ from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.memory.liveness import MemoryProfile, Moment, walk
-from flashsvd_compile.memory.peak import Peak, mib, peak_of
+from flashsvd_compile.memory.peak import mib, peak_of
 from flashsvd_compile.memory.view import GraphView
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
@@ -31,12 +31,24 @@ from flashsvd_compile.planner.sites import drop_taken
 class BudgetError(RuntimeError):
     """No choice of lowerings keeps the memory budget.
 
-    ``least_bytes``: the budget at which the same call would run; 0 where none is known.
+    ``least_bytes``: the budget at which the same call would run; 0 where none is known. ``held``:
+    what holds them.
     """
 
-    def __init__(self, message: str, least_bytes: int = 0) -> None:
+    def __init__(self, message: str, least_bytes: int = 0, held: str = "") -> None:
         super().__init__(message)
-        self.least_bytes = least_bytes
+        self.least_bytes, self.held = least_bytes, held
+
+    @classmethod
+    def of(cls, budget: int, least_bytes: int, held: str) -> "BudgetError":
+        """For a ``budget`` that even the choice which holds the least goes beyond."""
+        return cls(
+            f"memory_budget is {mib(budget)}, and the least that any choice of lowerings holds is "
+            f"{held}. It would run within "
+            f'memory_budget="{-(-least_bytes // 2**20)}MiB"',
+            least_bytes,
+            held,
+        )
 
 
 def plan_within_budget(
@@ -76,9 +88,9 @@ def plan_within_budget(
         if better is None:
             profile = profile_of(graph, search.plans(choice), device_of)
             least = peak_of(profile, lambda size: cost.at(size, sizes))
-            raise BudgetError(
-                _least(options.memory_budget, least, unseen_bytes),
-                least.transient_bytes + unseen_bytes,
+            masks = f" and masks of {mib(unseen_bytes)}" if unseen_bytes else ""
+            raise BudgetError.of(
+                options.memory_budget, least.transient_bytes + unseen_bytes, f"{least}{masks}"
             )
         choice = better
         moment, peak = search.peak(choice)
@@ -161,13 +173,3 @@ def _kind(plan: Plan) -> object:
         if hasattr(value(source), "shape")
     )
     return site.kind, plan.lowering, site.dtype, shape_of(value(site.node)), shapes, plan.tile
-
-
-def _least(budget: int, peak: Peak, unseen_bytes: int) -> str:
-    least = peak.transient_bytes + unseen_bytes
-    masks = f" and masks of {mib(unseen_bytes)}" if unseen_bytes else ""
-    return (
-        f"memory_budget is {mib(budget)}, and the least that any choice of lowerings holds is "
-        f"{peak}{masks}. It would run within "
-        f'memory_budget="{-(-least // 2**20)}MiB"'
-    )

@@ -37,8 +37,9 @@ class Plan:
     ``tile`` (the fields of a kernel's tile), ``block_rows`` or ``blocks`` where the lowering has
     them; ``tiling`` holds the tiles that could be taken instead. ``transient_bytes`` is what the
     site will hold at full width, ``unfused_bytes`` what it held; formulas of the graph's symbols.
-    ``seconds`` as predicted at the example sizes, None where nothing was; ``rivals``: the other
-    lowerings, the fastest first.
+    ``seconds`` at the example sizes, None where nothing is known of them; ``rivals``: the other
+    lowerings, the fastest first. ``known_from``: where the seconds are from, ``"predicted"``,
+    ``"measured now"`` or ``"measured before"``.
     """
 
     site: Site
@@ -51,6 +52,7 @@ class Plan:
     blocks: AttentionBlocks | None = None
     seconds: float | None = None
     rivals: tuple[Rival, ...] = ()
+    known_from: str = "predicted"
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -96,8 +98,10 @@ def sram_limit(device: Device, options: Options) -> int:
     return min(options.sram_budget or device.sram_bytes, device.sram_bytes)
 
 
-def slower_rival(site: Site, lowering: str, seconds: float, best_seconds: float) -> Rival:
+def slower_rival(
+    site: Site, lowering: str, seconds: float, best_seconds: float, known_from: str = "predicted"
+) -> Rival:
     """One that could have run."""
     ratio = f"{seconds / best_seconds:.2f} times as long" if best_seconds else "longer"
-    reason = reason_at(site.node, Code.NOT_PROFITABLE, f"{ratio}, as predicted")
+    reason = reason_at(site.node, Code.NOT_PROFITABLE, f"{ratio}, {known_from}")
     return Rival(lowering, seconds, reason)

@@ -43,8 +43,11 @@ def plan_siblings(
     if options.siblings == "unfused":
         return replace(stays, reason=reason_at(site.node, Code.FORCED, "siblings='unfused'"))
     if options.siblings == "auto":
-        if (why := _check_measured(site, device)) is not None:
-            return replace(stays, reason=why)
+        if device.type != "cuda":
+            why = reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
+            return replace(stays, reason=why, rivals=(Rival("merged", None, why),))
+        if site.dtype.itemsize == 4:
+            return replace(stays, reason=_not_measured(site))
         if separate <= together:
             return stays
     count = len(site.members)
@@ -68,11 +71,7 @@ def plan_siblings(
     return replace(merged, tiling=only_tile(tile, used, sram))
 
 
-def _check_measured(site: SiblingsSite, device: Device) -> Reason | None:
-    """Merging was measured on GPUs in 16 bits; elsewhere library matmuls stay."""
-    if device.type != "cuda":
-        return reason_at(site.node, Code.UNSUPPORTED_DEVICE, device.type, "cuda")
-    if site.dtype.itemsize == 4:
-        observed, required = "float32 on a GPU", "bfloat16 or float16"
-        return reason_at(site.node, Code.NOT_PROFITABLE, observed, required)
-    return None
+def _not_measured(site: SiblingsSite) -> Reason:
+    """Merging was measured in 16 bits; elsewhere library matmuls stay."""
+    observed, required = "float32 on a GPU", "bfloat16 or float16"
+    return reason_at(site.node, Code.NOT_PROFITABLE, observed, required)

@@ -7,6 +7,7 @@ from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainSite,
     FeedForwardSite,
+    SiblingsSite,
     Site,
 )
 from flashsvd_compile.options import Options
@@ -15,6 +16,7 @@ from flashsvd_compile.planner.chains import plan_chain
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.feed_forward import plan_feed_forward
 from flashsvd_compile.planner.plan import Plan
+from flashsvd_compile.planner.siblings import plan_siblings
 
 
 def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size, int]) -> Plan:
@@ -23,6 +25,8 @@ def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size,
         return plan_attention(site, device, options, hints)
     if isinstance(site, FeedForwardSite):
         return plan_feed_forward(site, device, options, hints)
+    if isinstance(site, SiblingsSite):
+        return plan_siblings(site, device, options, hints)
     assert isinstance(site, ChainSite)
     return plan_chain(site, device, options, hints)
 

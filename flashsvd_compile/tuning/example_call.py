@@ -1,12 +1,10 @@
 """A call of an operator in a graph, made again with operands of its own: real, random, as large.
 
-Of the graph only shapes, strides, dtypes and numbers are read. Sizes that are symbols take their
-example values. Operands lie in memory as those of the graph do, as far as addresses modulo 16
-bytes go, and have values at which results stay of order 1: latents are normal, factors normal
-over the root of their last dimension, masks hide nothing, so that all work is done.
+Of the graph only shapes, strides, dtypes and numbers are read. Operands have values at which
+results stay of order 1: latents are normal, factors normal over the root of their last dimension,
+masks hide nothing, so that all work is done.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,51 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from flashsvd_compile.lowering.tiled import TILED, Cut, TiledOperator
-
-# What rows are aligned to at best, in bytes.
-ALIGNED_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor that is not there yet."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    @property
-    def elements(self) -> int:
-        """Of memory from the first to the last."""
-        steps = zip(self.shape, self.strides, strict=True)
-        return 1 + sum((size - 1) * stride for size, stride in steps)
-
-    @property
-    def alignment(self) -> int:
-        """Bytes that all rows begin at multiples of, up to `ALIGNED_BYTES`; 0 where the last
-        dimension is not contiguous."""
-        if self.strides and self.strides[-1] != 1:
-            return 0
-        elements = math.gcd(self.offset, *self.strides[:-1], ALIGNED_BYTES // self.dtype.itemsize)
-        return elements * self.dtype.itemsize
-
-    def shortened(self, dim: int, count: int) -> "Operand":
-        shape = list(self.shape)
-        shape[dim] = min(shape[dim], count)
-        return replace(self, shape=tuple(shape))
-
-    def allocate(self, scale: float, generator: torch.Generator) -> Tensor:
-        device = generator.device
-        size = self.offset + self.elements
-        if self.dtype == torch.bool:
-            memory = torch.ones(size, dtype=self.dtype, device=device)
-        elif scale == 0:
-            memory = torch.zeros(size, dtype=self.dtype, device=device)
-        else:
-            memory = torch.empty(size, dtype=self.dtype, device=device)
-            memory.normal_(0, scale, generator=generator)
-        return memory.as_strided(self.shape, self.strides, self.offset)
+from flashsvd_compile.tuning.operands import Operand, operand_like
 
 
 @dataclass(frozen=True)
@@ -143,25 +97,12 @@ def example_of(node: fx.Node) -> ExampleCall | None:
     given = {name: x for name, x in values.items() if x is not None}
     operands = {}
     for name, tensor in given.items():
-        shape, strides = _numbers(tensor.shape), _numbers(tensor.stride())
-        offset = _numbers([tensor.storage_offset()])
-        if shape is None or strides is None or offset is None or 0 in shape:
+        if (operand := operand_like(tensor)) is None:
             return None
-        offset_kept = offset[0] % (ALIGNED_BYTES // min(ALIGNED_BYTES, tensor.dtype.itemsize))
-        operands[name] = Operand(shape, strides, offset_kept, tensor.dtype)
+        operands[name] = operand
     numbers = {name: x for name, x in node.kwargs.items() if name != "tile"}
     device = next(iter(given.values())).device
     return ExampleCall(target, operator, operands, numbers, device)
-
-
-def _numbers(sizes: Any) -> tuple[int, ...] | None:
-    found = []
-    for size in sizes:
-        known = size.node.hint if isinstance(size, torch.SymInt) else size
-        if known is None:
-            return None
-        found.append(int(known))
-    return tuple(found)
 
 
 def _power_of_two(size: int) -> int:

@@ -10,23 +10,20 @@ answer is kept (``cache.py``). Bounded in tiles by the caller, here in seconds a
 Nothing of the model is read or run, and no random state of the user's moves.
 """
 
-import hashlib
 import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from flashsvd_compile.tuning.apart import apart, device_name, is_there
+from flashsvd_compile.tuning.apart import apart, is_there
 from flashsvd_compile.tuning.cache import TileCache
+from flashsvd_compile.tuning.circumstances import circumstances
 from flashsvd_compile.tuning.example_call import ExampleCall, example_of
 from flashsvd_compile.tuning.timing import FLUSHED_BYTES, cuda_timer
 
@@ -65,7 +62,7 @@ def fastest_tile(
     if call is None or not _can_be_timed(call.device):
         return None
     with apart(call.device):
-        key = call.key() | _circumstances(call.device, tiles)
+        key = call.key() | circumstances(call.device) | {"tiles": [list(tile) for tile in tiles]}
         if (known := kept.get(key, tiles)) is not None:
             return known, "measured before"
         if not may_measure:
@@ -175,35 +172,6 @@ def _free_bytes(device: torch.device) -> int:
 
 def _can_be_timed(device: torch.device) -> bool:
     return device.type == "cuda" and is_there(device)
-
-
-def _circumstances(device: torch.device, tiles: Sequence[Tile]) -> dict[str, Any]:
-    """What an answer depends on beside the call."""
-    return {
-        "device": device_name(device),
-        "kernels": _sources(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "tiles": [list(tile) for tile in tiles],
-    }
-
-
-@cache
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-@cache
-def _sources() -> str:
-    """A hash of all kernels' sources."""
-    digest = hashlib.sha256()
-    (room,) = import_module("flashsvd_compile.kernels").__path__
-    for path in sorted(Path(room).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def test_tiles_are_measured_once_and_kept(model, compiler, monkeypatch, tmp_path
     state = torch.cuda.get_rng_state()
     check(model, torch.compile(model, backend="flashsvd", options=options), given)
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert 1 < len(record["ms"]) <= MAX_TIMED
     assert all(ms > 0 for ms in record["ms"].values())
@@ -157,4 +157,4 @@ def test_what_is_measured_at_one_length_serves_dynamic_lengths(monkeypatch, tmp_
     )
     for rows in (150, 77, 300):
         check(model, compiled, inputs(torch.bfloat16, rows))
-    assert len(list(tmp_path.iterdir())) >= 1
+    assert list(tmp_path.glob("*.json"))

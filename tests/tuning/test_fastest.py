@@ -14,7 +14,7 @@ from flashsvd_compile.lowering import ops
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-from flashsvd_compile.tuning import example_call, fastest
+from flashsvd_compile.tuning import circumstances, fastest, operands
 from flashsvd_compile.tuning.cache import TileCache
 from flashsvd_compile.tuning.example_call import example_of
 from flashsvd_compile.tuning.fastest import fastest_tile, launch_behind, measure
@@ -36,7 +36,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(fastest, "_can_be_timed", lambda device: True)
     monkeypatch.setattr(fastest, "_timed", timed)
     monkeypatch.setattr(fastest, "_free_bytes", lambda device: found.free_bytes)
-    monkeypatch.setattr(fastest, "device_name", lambda device: found.name)
+    monkeypatch.setattr(circumstances, "device_name", lambda device: found.name)
     return found
 
 
@@ -126,7 +126,7 @@ def test_a_broadcast_operand_takes_no_memory_of_its_own():
 
 
 def test_sizes_without_an_example_are_not_guessed(monkeypatch, clock, tmp_path):
-    monkeypatch.setattr(example_call, "_numbers", lambda sizes: None)
+    monkeypatch.setattr(operands, "numbers_of", lambda sizes: None)
     assert example_of(attention_node()) is None
     assert fastest_tile(attention_node(), TILES, TileCache(tmp_path), True) is None
 
@@ -162,11 +162,11 @@ def test_other_circumstances_are_measured_anew(what, clock, tmp_path, monkeypatc
     if what == "torch":
         monkeypatch.setattr(torch, "__version__", "3.0.0")
     elif what == "triton":
-        monkeypatch.setattr(fastest, "_version", lambda package: "9.9")
+        monkeypatch.setattr(circumstances, "_version", lambda package: "9.9")
     elif what == "device":
         clock.name = "Another GPU sm_86"
     elif what == "kernels":
-        monkeypatch.setattr(fastest, "_sources", lambda: "changed")
+        monkeypatch.setattr(circumstances, "_sources", lambda: "changed")
     elif what == "tiles":
         tiles = TILES[:2]
     else:
