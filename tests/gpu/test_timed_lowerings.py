@@ -40,7 +40,7 @@ class Layer(nn.Module):
     [
         (64, 8, 500, torch.bfloat16),
         (240, 3, 333, torch.bfloat16),
-        (40, 2, 197, torch.float16),
+        (40, 2, 197, torch.bfloat16),
         (72, 2, 128, torch.float32),
     ],
     ids=str,
@@ -64,7 +64,7 @@ def test_the_fastest_runs_and_is_right(rank, batch, length, dtype, monkeypatch, 
     planned = [s.plan for s in told.sites if s.plan and s.plan.known_from == "measured before"]
     assert planned
     for plan in planned:
-        own = next(ms for ms in kept if ms.get(plan.lowering) == plan.seconds * 1e3)
+        own = next(ms for ms in kept if ms.get(plan.lowering) == pytest.approx(plan.seconds * 1e3))
         assert own[plan.lowering] <= 1.03 * min(own.values())
     torch._dynamo.reset()
     monkeypatch.setattr(race, "_measured", lambda *_: pytest.fail("nothing is timed twice"))
