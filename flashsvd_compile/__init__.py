@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashsvd_compile.compress.compressing import compress_ as compress_
     from flashsvd_compile.compress.merge import merge_ as merge_
-    from flashsvd_compile.compress.svd import compress_ as compress_
     from flashsvd_compile.explanation import Explanation as Explanation
     from flashsvd_compile.explanation import explain as explain
     from flashsvd_compile.options import Options as Options
@@ -26,7 +26,7 @@ _PUBLIC = {
     "BudgetError": "planner.budget",
     "Explanation": "explanation",
     "Options": "options",
-    "compress_": "compress.svd",
+    "compress_": "compress.compressing",
     "explain": "explanation",
     "merge_": "compress.merge",
 }

@@ -92,7 +92,7 @@ ARROWS = {
     "tuning": ["tuning", "analysis", "lowering.tiled"],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
-    "compress": ["compress"],
+    "compress": ["compress", "options"],
 }  # fmt: skip
 
 

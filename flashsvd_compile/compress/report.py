@@ -13,7 +13,9 @@ class CompressRow:
     """One linear layer. Bytes are those of its weight or factors, without the bias.
 
     ``error`` is ‖W − V U‖ / ‖W‖ in the Frobenius norm, of the factors as they are stored.
-    ``reason`` says why the layer stayed dense; empty for others.
+    ``reason`` says why the layer stayed dense; empty for others. ``loss``: what the missing ranks
+    add to the loss, to second order and times two, as calibration predicts; None where the method
+    does not.
     """
 
     path: str
@@ -23,23 +25,31 @@ class CompressRow:
     bytes_after: int
     error: float
     reason: str = ""
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
 class CompressReport:
-    """All linear layers in the model's order, and the bytes of all parameters of the model."""
+    """All linear layers in the model's order, and the bytes of all parameters of the model.
+
+    ``keep``: the share of the factored matrices' parameters that was asked for, or that a budget
+    left.
+    """
 
     keep: float
     rows: tuple[CompressRow, ...]
     model_bytes_before: int
     model_bytes_after: int
+    method: str = "svd"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
         return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        headers = ("linear", "kind", "rank", "KiB before", "KiB after", "error", "reason")
+        whole = sum(row.loss or 0.0 for row in self.rows)
+        headers = ("linear", "kind", "rank", "KiB before", "KiB after", "error", "of the loss",
+                   "reason")  # fmt: skip
         table = [
             (
                 row.path,
@@ -48,14 +58,16 @@ class CompressReport:
                 row.bytes_before / 2**10,
                 row.bytes_after / 2**10,
                 row.error,
+                "" if row.loss is None else f"{row.loss / whole if whole else 0:.1%}",
                 row.reason,
             )
             for row in self.rows
         ]
-        body = tabulate(table, headers, floatfmt=("", "", "", ".1f", ".1f", ".3f", ""))
+        body = tabulate(table, headers, floatfmt=("", "", "", ".1f", ".1f", ".3f", "", ""))
         factored = sum(row.kind != "dense" for row in self.rows)
         return (
-            f"{body}\n{factored} of {len(self.rows)} linear layers factored at keep={self.keep}; "
+            f"{body}\n{factored} of {len(self.rows)} linear layers factored by {self.method} at "
+            f"keep={self.keep:.4g}; "
             f"{_totals(self.model_bytes_before, self.model_bytes_after)}"
         )
 

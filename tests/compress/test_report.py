@@ -29,12 +29,16 @@ def test_table_has_every_row_and_the_totals():
         "KiB",
         "after",
         "error",
+        "of",
+        "the",
+        "loss",
         "reason",
     ]
     assert lines[2].split() == ["block.q", "per_head", "14", "4.0", "2.0", "0.250"]
     assert lines[3].endswith("its weight is shared with embed")
     assert lines[-1] == (
-        "1 of 2 linear layers factored at keep=0.5; all parameters: 4.0 MiB before, 2.0 MiB after"
+        "1 of 2 linear layers factored by svd at keep=0.5; all parameters: 4.0 MiB before, "
+        "2.0 MiB after"
     )
 
 

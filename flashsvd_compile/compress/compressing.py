@@ -1,0 +1,159 @@
+"""`compress_`: replace a model's linear layers by low-rank factors, in place.
+
+Query, key and value projections are factored per head (each head's [D, in] slice on its own), so
+that attention can run on the latents; every other linear layer as one matrix. Methods differ in
+what an error costs (``fits.py``), and in who gets which rank:
+
+    "svd"       every error the same                 one share for all: r = keep·m·n / (m + n)
+    "fwsvd"     by row Fisher information            the same
+    "whitened"  by the inputs' second moment         the same
+    "planned"   by its effect on the loss            by loss per byte over the whole model
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from flashsvd_compile.compress.heads import find_head_layouts
+from flashsvd_compile.compress.linears import (
+    Linear,
+    find_linears,
+    model_bytes,
+    parameter_bytes,
+    replace_,
+    select,
+)
+from flashsvd_compile.compress.matrices import LowRank, Matrices
+from flashsvd_compile.compress.methods import METHODS, calibrated
+from flashsvd_compile.compress.moments import Loss
+from flashsvd_compile.compress.report import CompressReport, CompressRow
+from flashsvd_compile.options import parse_bytes
+
+
+def compress_(
+    model: nn.Module,
+    keep: float | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    *,
+    weight_budget: int | str | None = None,
+    method: str | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> CompressReport:
+    """Replace the linear layers of ``model`` in place by low-rank ones; biases are kept.
+
+    Args:
+        model: any module that holds ``nn.Linear`` or transformers' ``Conv1D``, with real weights.
+        keep: share of the parameters of the matrices to factor that their factors have, in (0, 1];
+            0.5 where no ``weight_budget`` is given.
+        include: `fnmatch` patterns of module paths (``"encoder.layer.*.output.dense"``); only
+            linear layers that match one are factored. None means all.
+        exclude: patterns of linear layers to leave dense; wins over ``include``.
+        weight_budget: in place of ``keep``, bytes that all parameters of the model may take
+            together, a number or ``"200MiB"``.
+        method: ``"svd"``, ``"fwsvd"``, ``"whitened"`` or ``"planned"``; by default the last where
+            there is calibration, else the first.
+        calibration: batches of real inputs: mappings are passed to the model by name, tuples by
+            position. Tokens that an ``attention_mask`` leaves out do not count.
+        loss: of the model's output and the batch: a scalar, or a tensor of results that shall stay
+            as they are. By default the output's own ``loss`` where it has one (a batch with
+            labels), else the output itself stays.
+        seed: of the directions along which outputs are differentiated.
+
+    Layers whose factors would not be smaller, that share their weight, that are more than a plain
+    linear, or that calibration did not reach stay dense, with the reason in the report. An error
+    or an interrupt leaves the model untouched.
+
+    Raises TypeError and ValueError for arguments that are none, ValueError for weights that are not
+    finite or on the meta device, and for a budget that the smallest ranks exceed.
+    """
+    name, share = _method(method, calibration), _validated(keep)
+    budget = parse_bytes("weight_budget", weight_budget)
+    if budget is not None and keep is not None:
+        raise ValueError("keep and weight_budget both say how large factors are: give one")
+    linears = find_linears(model)
+    if not linears:
+        raise ValueError(f"{type(model).__name__} holds no nn.Linear or Conv1D to compress")
+    if linears[0].path == "":
+        raise ValueError("the model itself is a linear layer; pass the module that holds it")
+    left_out = select(linears, include, exclude)
+    out_features = {x.path: x.weight.shape[0] for x in linears if x.weight is not None}
+    layouts = find_head_layouts(model, out_features)
+    reasons = {x.path: left_out.get(x.path) or x.obstacle for x in linears}
+    matrices = {
+        x.path: Matrices(x, x.weight, layouts.get(x.path))
+        for x in linears
+        if not reasons[x.path] and x.weight is not None
+    }
+    for found in matrices.values():
+        found.validate()
+    how, unfit = calibrated(name, model, matrices, calibration or (), loss, seed)
+    reasons |= unfit
+    matrices = {path: one for path, one in matrices.items() if path not in unfit}
+    bytes_before = model_bytes(model)
+    if budget is not None:
+        share = _share_within(budget, bytes_before, matrices)
+    ranks = how.ranks(matrices, share)
+
+    rows: list[CompressRow] = []
+    replacements: list[tuple[Linear, LowRank]] = []
+    for linear in linears:
+        path, size = linear.path, linear.weight_bytes
+        rank, one = ranks.get(path), matrices.get(path)
+        if one is None or rank is None or not one.is_smaller(rank):
+            why = reasons[path]
+            if one is not None:
+                what = "that lose less" if rank is None else f"of rank {rank}"
+                why = f"factors {what} are no smaller than {[*one.shape]}"
+            rows.append(CompressRow(path, "dense", None, size, size, 0.0, why))
+            continue
+        u, v, lost = how.factors(path, one, rank)
+        made = one.module(u, v, rank)
+        after = parameter_bytes(made.u) + parameter_bytes(made.v)
+        rows.append(CompressRow(path, one.kind, rank, size, after, one.error_of(made), "", lost))
+        replacements.append((linear, made))
+    for linear, made in replacements:
+        replace_(model, linear.paths, made)
+    return CompressReport(share, tuple(rows), bytes_before, model_bytes(model), name)
+
+
+def _share_within(budget: int, whole: int, matrices: Mapping[str, Matrices]) -> float:
+    """Of the matrices' bytes, what their factors may take, so that the model fits ``budget``."""
+    own = sum(one.linear.weight_bytes for one in matrices.values())
+    rest = whole - own
+    if not own or budget <= rest:
+        raise ValueError(
+            f"weight_budget is {budget} bytes, and what stays dense takes {rest}; the model has "
+            f"{whole}"
+        )
+    return min(1.0, (budget - rest) / own)
+
+
+def _method(method: str | None, calibration: Iterable[Any] | None) -> str:
+    if method is None:
+        return "svd" if calibration is None else "planned"
+    if method not in METHODS:
+        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown method {method!r}; the nearest is {nearest!r} (allowed: {', '.join(METHODS)})"
+        )
+    if METHODS[method] and calibration is None:
+        raise ValueError(f"method={method!r} needs calibration: an iterable of the model's inputs")
+    if not METHODS[method] and calibration is not None:
+        raise ValueError(f"method={method!r} looks at no data; leave calibration out")
+    return method
+
+
+def _validated(keep: float | None) -> float:
+    if keep is None:
+        return 0.5
+    if not isinstance(keep, Real) or isinstance(keep, bool):
+        raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], the share of parameters to keep, got {keep!r}")
+    return float(keep)
