@@ -40,6 +40,7 @@ bench: $(ENV)
 	$(PY) -m bench.memory
 	$(PY) -m bench.choices
 	$(PY) -m bench.compile_time
+	$(PY) -m bench.fidelity
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

