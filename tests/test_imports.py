@@ -93,6 +93,7 @@ ARROWS = {
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
     "compress": ["compress"],
+    "checkpoints": ["checkpoints", "compress"],
 }  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""A directory that is written whole or not at all."""
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Path]:
+    """A new directory to write into, which takes the place of ``directory`` at the end.
+
+    It lies beside it until then. Where writing fails it is removed, and ``directory`` is as it was.
+    What else is in there (a tokenizer) moves along; files of the old contents do not: those for
+    whose names ``is_written`` holds. The change itself is two renames: whoever is killed between
+    them finds the old directory whole beside the place, its name followed by ``.old``.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    new = directory.parent / f".{directory.name}.{mark}.new"
+    old = directory.parent / f".{directory.name}.{mark}.old"
+    new.mkdir()
+    try:
+        yield new
+        for kept in directory.iterdir() if directory.exists() else ():
+            if not is_written(kept.name):
+                copy = shutil.copytree if kept.is_dir() else shutil.copy2
+                copy(kept, new / kept.name)
+        _swap(directory, new, old)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(directory: Path, new: Path, old: Path) -> None:
+    if not directory.exists():
+        new.rename(directory)
+        return
+    directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        old.rename(directory)
+        raise
