@@ -1,0 +1,232 @@
+"""Checkpoints that are damaged, mislabelled or pickled: every error names what is wrong."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import flashsvd_compile as fsc
+
+pytest.importorskip("transformers")
+from tests.checkpoints.written import (
+    assert_same_logits,
+    dense_model,
+    make_product_,
+    rest_of,
+    write,
+)
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a Llama with one linear in ASVD's layout, after a change to its tensors."""
+    dense = dense_model("llama")
+    down, up = make_product_(dense.get_submodule(UP), 5)
+    tensors = rest_of(dense, UP) | {f"{UP}.BLinear.weight": down, f"{UP}.ALinear.weight": up}
+
+    def save(change=lambda tensors: None):
+        change(tensors)
+        write(tmp_path, dense, tensors)
+        return tmp_path
+
+    save.dense, save.tensors = dense, tensors
+    return save
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.01])
+def test_truncated_safetensors(share, written):
+    file = written() / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    expected = r"within its header" if share < 0.1 else r"ends within or before \w+\.\w+"
+    with pytest.raises(fsc.CheckpointError, match=expected):
+        fsc.load_checkpoint(file.parent)
+
+
+def test_truncated_pickle(written, tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save(written.tensors, file)
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(fsc.CheckpointError, match=r"weights\.pt is damaged"):
+        fsc.load_checkpoint(file, base=written.dense)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(fsc.CheckpointError, match=r"weights\.pt"):
+        fsc.load_checkpoint(file, base=written.dense)
+
+
+def _pop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _set(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(shape, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_pop(f"{UP}.ALinear.weight"), rf"{UP}\.BLinear\.weight has no counterpart, the up factor"),
+        (_pop(f"{UP}.BLinear.weight"), r"no counterpart, the down factor"),
+        (_set(f"{UP}.BLinear.weight", 6, 24), r"up_proj is \[40, 24\].*BLinear.weight \[6, 24\]"),
+        (_set(f"{UP}.ALinear.weight", 40, 5, 1), r"ALinear\.weight \[40, 5, 1\] must be matrices"),
+        (_set(f"{UP}.ALinear.bias", 39), r"ALinear\.bias is \[39\], expected 40"),
+        (_set(f"{UP}.BLinear.bias", 6), r"BLinear\.bias is \[6\], expected \[5\]"),
+        (_pop("model.norm.weight"), r"no tensors for model\.norm\.weight"),
+        (_set("model.norn.weight", 24), r"no place for model\.norn\.weight"),
+        (_set("model.norm.weight", 23), r"model\.norm\.weight is \[23\], the model's is \[24\]"),
+        (_set(f"{UP}.weight", 40, 24), rf"no place for {UP}\.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message, written):
+    with pytest.raises(fsc.CheckpointError, match=message):
+        fsc.load_checkpoint(written(change))
+
+
+def test_what_old_releases_stored_is_ignored(written):
+    path = written(_set("model.layers.0.self_attn.rotary_emb.inv_freq", 4))
+    assert_same_logits(fsc.load_checkpoint(path), written.dense)
+
+
+def test_formats_that_are_not(written):
+    path = written()
+    with pytest.raises(ValueError, match=r"format must be one of .*nearest is 'svdllm'"):
+        fsc.load_checkpoint(path, format="svd-llm")
+    with pytest.raises(fsc.CheckpointError, match=r"format='palu'.* those of 'asvd'.*BLinear"):
+        fsc.load_checkpoint(path, format="palu")
+    with pytest.raises(fsc.CheckpointError, match=r"format='dobisvd'.*shapes of 'asvd'"):
+        fsc.load_checkpoint(path, format="dobisvd")
+
+
+def test_letters_count_where_shapes_leave_both_orders(written):
+    """A square linear of full rank."""
+    path = "model.layers.0.self_attn.q_proj"
+    a, b = make_product_(written.dense.get_submodule(path), 24)
+    change = {f"{path}.BLinear.weight": a, f"{path}.ALinear.weight": b}
+    written.tensors.pop(f"{path}.weight")
+    directory = written(lambda tensors: tensors.update(change))
+    assert_same_logits(fsc.load_checkpoint(directory), written.dense)
+
+
+def test_a_dense_checkpoint_is_none(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(fsc.CheckpointError, match="no factors found"):
+        fsc.load_checkpoint(tmp_path)
+
+
+def test_groups_that_do_not_make_up_their_factor(written):
+    path = "model.layers.0.self_attn.q_proj"
+    groups = {f"{path}.U.{g}.weight": torch.zeros(8, 2, dtype=torch.float64) for g in range(3)}
+    down = {f"{path}.VT.weight": torch.zeros(7, 24, dtype=torch.float64)}
+    for name in (f"{UP}.BLinear.weight", f"{UP}.ALinear.weight", f"{path}.weight"):
+        written.tensors.pop(name)
+    with pytest.raises(fsc.CheckpointError, match=r"do not make up .*VT\.weight"):
+        fsc.load_checkpoint(written(lambda t: t.update(groups | down)))
+    with pytest.raises(fsc.CheckpointError, match=r"groups 0, 2; one before the last is missing"):
+        fsc.load_checkpoint(written(_pop(f"{path}.U.1.weight")))
+
+
+# ---- several files ------------------------------------------------------------------------------
+
+
+def _sharded(written, tmp_path, forget=()):
+    written()
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(written.tensors)
+    weight_map = {name: f"model-{i % 2 + 1}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        held = {k: written.tensors[k].contiguous() for k in names
+                if weight_map[k] == file and k not in forget}  # fmt: skip
+        save_file(held, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index
+
+
+def test_shards(written, tmp_path):
+    index = _sharded(written, tmp_path)
+    assert_same_logits(fsc.load_checkpoint(tmp_path), written.dense)
+    assert_same_logits(fsc.load_checkpoint(index), written.dense)
+
+
+def test_shards_that_are_missing_or_lack_a_tensor(written, tmp_path):
+    index = _sharded(written, tmp_path, forget=["model.norm.weight"])
+    with pytest.raises(fsc.CheckpointError, match=r"lacks model\.norm\.weight"):
+        fsc.load_checkpoint(tmp_path)
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(fsc.CheckpointError, match=r"model-2\.safetensors is missing.*hold \w+"):
+        fsc.load_checkpoint(tmp_path)
+    index.write_text('{"weight_map": {"a": "../b.safetensors"}}')
+    with pytest.raises(fsc.CheckpointError, match="puts a into"):
+        fsc.load_checkpoint(tmp_path)
+
+
+# ---- pickles ------------------------------------------------------------------------------------
+
+
+class Traitor:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Traitor, "ran", True))
+
+
+@pytest.mark.parametrize("kind", ["model", "code", "plain"])
+def test_pickles_of_objects_are_refused_and_not_run(kind, written, tmp_path):
+    file = tmp_path / "whole_model.pt"
+    if kind == "model":
+        torch.save({"model": nn.Linear(2, 3), "tokenizer": None}, file)
+    elif kind == "code":
+        torch.save({"a": Traitor()}, file)
+    else:
+        file.write_bytes(pickle.dumps(Traitor()))
+    with pytest.raises(fsc.CheckpointError, match=r"(?s)whole_model\.pt.*safetensors"):
+        fsc.load_checkpoint(file, base=written.dense)
+    assert not Traitor.ran
+
+
+def test_the_conversion_that_the_error_tells_works(written, tmp_path, monkeypatch):
+    """A model whose linear is two, as a tool would pickle it."""
+    model = dense_model("llama")
+    down, up = (nn.Linear(24, 5, bias=False), nn.Linear(5, 40, bias=False))
+    down.weight.data = written.tensors[f"{UP}.BLinear.weight"]
+    up.weight.data = written.tensors[f"{UP}.ALinear.weight"]
+    model.set_submodule(UP, nn.ModuleDict({"BLinear": down, "ALinear": up}))
+    file = tmp_path / "whole.pt"
+    torch.save({"model": model, "tokenizer": None}, file)
+    with pytest.raises(fsc.CheckpointError) as error:
+        fsc.load_checkpoint(file, base=written.dense)
+    script = str(error.value).split(":\n\n")[1]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in script.splitlines()), {})
+    assert_same_logits(fsc.load_checkpoint(Path("model.safetensors")), written.dense)
+
+
+def test_state_dicts_below_a_name(written, tmp_path):
+    file = tmp_path / "weights.bin"
+    torch.save({"state_dict": written.tensors, "epoch": 3}, file)
+    assert_same_logits(fsc.load_checkpoint(file, base=written.dense), written.dense)
+    torch.save(written.tensors | {"epoch": 3}, file)
+    with pytest.raises(fsc.CheckpointError, match="epoch should be tensors"):
+        fsc.load_checkpoint(file, base=written.dense)
+    torch.save(written.tensors, file, _use_new_zipfile_serialization=False)
+    assert_same_logits(fsc.load_checkpoint(file, base=written.dense), written.dense)
+
+
+def test_dobi_svds_8_bit_codes_are_refused(written):
+    directory = written()
+    torch.save({}, directory / "remapping_weight.pt")
+    with pytest.raises(fsc.CheckpointError, match="8 bits"):
+        fsc.load_checkpoint(directory)
+
+
+def test_a_missing_package_is_told(written, monkeypatch):
+    directory = written()
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install \"flashsvd_compile\[checkpoints\]\""):
+        fsc.load_checkpoint(directory)
