@@ -17,6 +17,7 @@ P pairs with heads (GPT-2)   [P, H, r, in]               [P, H, D, r]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,18 +25,21 @@ from torch import Tensor
 from flashsvd_compile.checkpoints.errors import CheckpointError
 from flashsvd_compile.checkpoints.rules import Part, Parts
 
+# What the shapes say of the roles that a layout's letters give to two matrices.
+Order = Literal["as told", "swapped", "either"]
+
 
 @dataclass(frozen=True)
 class Factors:
     """``u`` [.., r, in], ``v`` [.., rows, r], ``bias`` [out] or None: views of files, as stored.
 
-    ``swapped``: the shapes said the opposite of the layout's letters.
+    ``order`` is "either" where all sides are equal, so that the letters alone have decided.
     """
 
     u: Tensor
     v: Tensor
     bias: Tensor | None
-    swapped: bool
+    order: Order
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,11 @@ def assemble(path: str, out_features: int, in_features: int, parts: Parts) -> Fa
     """The factors of the linear at ``path``; raises `CheckpointError` where they are none."""
     pairs = _pairs(path, parts)
     rows = out_features // len(pairs)
-    swapped = False
+    orders: set[Order] = set()
     blocks, biases = [], []
     for pair in pairs:
-        if _is_swapped(path, rows, in_features, pair):
-            swapped = True
+        orders.add(order := _order(path, rows, in_features, pair))
+        if order == "swapped":
             pair = _Pair(_as_down(pair.up), _as_up(pair.down), pair.up_bias, pair.down_bias)
         u, v = _canonical(pair.down, "hri"), _canonical(pair.up, "hor")
         if u.dtype != v.dtype:
@@ -70,7 +74,8 @@ def assemble(path: str, out_features: int, in_features: int, parts: Parts) -> Fa
         biases.append(_bias(path, rows, pair, v))
     _check_blocks(path, out_features, in_features, pairs, blocks)
     u, v = _joined(blocks)
-    return Factors(u, v, _joined_bias(path, biases), swapped)
+    of_all = next(order for order in ("swapped", "either", "as told") if order in orders)
+    return Factors(u, v, _joined_bias(path, biases), of_all)
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -122,20 +127,21 @@ def _cut(path: str, down: Part, ups: Mapping[str, Part]) -> dict[str, Part]:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-def _is_swapped(path: str, rows: int, in_features: int, pair: _Pair) -> bool:
-    """Whether the part called up is the down factor; raises where neither order is a chain."""
+def _order(path: str, rows: int, in_features: int, pair: _Pair) -> Order:
+    """Which of the two is the down factor; raises where neither order is a chain."""
     if (pair.down.axes, pair.up.axes) != ("ri", "or"):
-        return False  # raw tensors, whose axes the layout knows: checked in `_check_blocks`
+        return "as told"  # raw tensors, whose axes the layout knows: checked in `_check_blocks`
     if any(part.tensor.dim() != 2 for part in (pair.down, pair.up)):
         raise CheckpointError(f"{path}: {pair.told} must be matrices")
 
     def is_chain(down: Tensor, up: Tensor) -> bool:
         return down.shape[1] == in_features and up.shape == (rows, down.shape[0])
 
-    if is_chain(pair.down.tensor, pair.up.tensor):
-        return False
+    fits = is_chain(pair.down.tensor, pair.up.tensor)
     if is_chain(pair.up.tensor, pair.down.tensor):
-        return True
+        return "either" if fits else "swapped"
+    if fits:
+        return "as told"
     raise CheckpointError(
         f"{path} is [{rows}, {in_features}], and {pair.told} do not multiply to it in either order"
     )
@@ -152,6 +158,9 @@ def _as_up(part: Part) -> Part:
 def _canonical(part: Part, order: str) -> Tensor:
     """The tensor with its axes in ``order``, those that it has; axes of size 1 are dropped."""
     tensor, axes = part.tensor, part.axes
+    if not tensor.is_floating_point():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{part.name} is {dtype}, expected floating-point values")
     while axes.startswith("1"):
         axes = axes[1:]
         if tensor.dim() > len(axes) and tensor.shape[0] == 1:

@@ -112,7 +112,9 @@ class Reading:
 
 def validate_format(name: str) -> None:
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {FORMATS}, got {name!r}{nearest(name, FORMATS)}")
+        raise ValueError(
+            f"format must be one of {FORMATS}, got {name!r}{nearest(str(name), FORMATS)}"
+        )
 
 
 def readings(

@@ -119,25 +119,43 @@ def _load_native(
 def _fitting(
     name: str, candidates: list[Reading], found: list[Reading], linears: dict[str, Linear]
 ) -> tuple[Reading, dict[str, Factors]]:
-    """The first reading whose letters mean what the shapes say; else the first whose shapes fit.
+    """The reading whose letters mean what the shapes say; else the first, if shapes decide all.
 
-    Raises `CheckpointError` where the shapes contradict the format that was named, and another
-    one has the same names and fits.
+    Raises `CheckpointError` where the shapes contradict the format that was named and another has
+    the same names and fits, and where two factors could be multiplied in either order and nothing
+    else tells which.
     """
     made = [(reading, _assembled(reading, linears)) for reading in candidates]
-    for reading, factors in made:
-        if not all(f.swapped for f in factors.values()):
-            return reading, factors
-    for other in found if name != "auto" else ():
-        if other not in candidates and not any(
-            f.swapped for f in _assembled(other, linears).values()
-        ):
+    orders = [{f.order for f in factors.values()} for _, factors in made]
+    for one, seen in zip(made, orders, strict=True):
+        if "as told" in seen and "swapped" not in seen:
+            return one
+    if name != "auto":
+        _check_label(name, candidates, found, linears)
+    reading, factors = made[0]
+    if "either" in orders[0] and (len(made) > 1 or "swapped" in orders[0]):
+        path = next(path for path, factored in factors.items() if factored.order == "either")
+        raise CheckpointError(
+            f"{path}: {' and '.join(reading.factors[path].names[:2])} can be multiplied in either "
+            "order; name the format that the file has, which is one of "
+            f"{', '.join(other.layout.name for other in found)}"
+        )
+    return made[0]
+
+
+def _check_label(
+    name: str, candidates: list[Reading], found: list[Reading], linears: dict[str, Linear]
+) -> None:
+    """Raise `CheckpointError` where another format than ``name`` has these names and shapes."""
+    for other in found:
+        if other in candidates or other.num_factors < candidates[0].num_factors:
+            continue
+        if {f.order for f in _assembled(other, linears).values()} == {"as told"}:
             path, parts = next(iter(other.factors.items()))
             raise CheckpointError(
                 f"format={name!r}, but {' and '.join(parts.names[:2])} have the shapes of "
                 f"{other.layout.name!r} at {path}"
             )
-    return made[0]
 
 
 def _assembled(reading: Reading, linears: dict[str, Linear]) -> dict[str, Factors]:

@@ -51,8 +51,10 @@ def describe(model: nn.Module, skeleton: nn.Module) -> dict[str, dict[str, Any]]
     """
     made = dict(skeleton.named_modules(remove_duplicate=False))
     linears = {path for linear in find_linears(skeleton) for path in linear.paths}
+    held = dict(model.named_modules(remove_duplicate=False))
     entries = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    module: Any
+    for path, module in held.items():
         if path in made and _is_alike(module, made[path]):
             continue
         kind = next((k for k, (cls, _) in _KINDS.items() if type(module) is cls), None)
@@ -61,12 +63,14 @@ def describe(model: nn.Module, skeleton: nn.Module) -> dict[str, dict[str, Any]]
                 f"{path or 'the model'} is a {type(module).__qualname__}, which neither its config "
                 f"makes nor this format can say; allowed in a linear's place: {', '.join(_KINDS)}"
             )
+        out_features, in_features = _sizes(made[path])
+        if (module.out_features, module.in_features) != (out_features, in_features):
+            raise CheckpointError(
+                f"{path} is [{module.out_features}, {module.in_features}], the config makes "
+                f"[{out_features}, {in_features}]"
+            )
         entries[path] = _entry(kind, module)
-    lacking = [
-        path for path in made
-        if path not in dict(model.named_modules(remove_duplicate=False)) and path not in entries
-    ]  # fmt: skip
-    if lacking:
+    if lacking := [path for path in made if path not in held]:
         raise CheckpointError(f"the config makes {listed(lacking)}, which the model does not have")
     return entries
 
@@ -115,10 +119,7 @@ def _module(path: str, entry: Mapping[str, Any], linear: Any) -> Any:
             f"{nearest(str(kind), _KINDS)}"
         )
     cls, names = _KINDS[kind]
-    if isinstance(linear, nn.Linear):
-        out_features, in_features = linear.weight.shape
-    else:  # transformers' Conv1D stores its weight transposed
-        in_features, out_features = linear.weight.shape
+    out_features, in_features = _sizes(linear)
     sizes = [entry.get(name) for name in names]
     if "num_heads" not in names:
         sizes.insert(0, out_features)
@@ -136,6 +137,12 @@ def _module(path: str, entry: Mapping[str, Any], linear: Any) -> Any:
     if kind != "linear":
         module.method = str(entry.get("method", ""))
     return module
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Features out and in; transformers' Conv1D stores its weight transposed."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
 def with_tied(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

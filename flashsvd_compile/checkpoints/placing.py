@@ -136,6 +136,9 @@ def _given(
             raise CheckpointError(
                 f"{name} is {list(tensor.shape)}, the model's is {list(places[place].shape)}"
             )
+        if tensor.is_floating_point() != places[place].is_floating_point():
+            dtypes = [str(t.dtype).removeprefix("torch.") for t in (tensor, places[place])]
+            raise CheckpointError(f"{name} is {dtypes[0]}, the model's is {dtypes[1]}")
         given[place] = (name, tensor)
     ignored = (*_STALE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     computed = {name for name, _ in model.named_buffers()}

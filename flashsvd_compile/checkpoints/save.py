@@ -42,7 +42,7 @@ def save_pretrained(
             f"model must be one of transformers, got {type(model).__qualname__}; save the state "
             "dict of other modules, and pass the module to load_checkpoint as base"
         )
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # a link stays, what it leads to is replaced
     _check_target(directory)
     modules = native.describe(model, skeleton_like(model))
     state, tied = _distinct(model.state_dict())

@@ -70,8 +70,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "or its factors dequantised, as safetensors"
         )
     tensors: dict[str, Tensor] = {}
-    for file in _files_of(path):
-        for name, tensor in _read(file).items():
+    for file, expected in _files_of(path).items():
+        held = _read(file)
+        if lacking := [name for name in expected if name not in held]:
+            raise CheckpointError(f"{file} lacks {listed(lacking)}, which the index puts there")
+        for name, tensor in held.items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in several files of {path}, {file.name} the last")
             tensors[name] = tensor
@@ -91,10 +94,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(path: Path) -> dict[Path, list[str]]:
+    """The files with weights, each with the names that an index says it holds."""
     if not path.is_dir():
         is_index = path.name.endswith(".index.json")
-        return _indexed(path) if is_index else [path]
+        return _indexed(path) if is_index else {path: []}
     for name in _INDEXES:
         if (path / name).exists():
             return _indexed(path / name)
@@ -110,28 +114,22 @@ def _files_of(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path} holds no weights: expected .safetensors, or {', '.join(_PICKLES)}"
         )
-    return found
+    return {file: [] for file in found}
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The shards of an index, all there and each with the tensors that the index puts into it."""
+def _indexed(index: Path) -> dict[Path, list[str]]:
+    """The shards of an index, all there, with the names of the tensors that belong into each."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map")
-    names: dict[str, list[str]] = {}
+    shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index} puts {name} into {file!r}, which is no file name")
-        names.setdefault(file, []).append(name)
-    shards = []
-    for file, expected in names.items():
-        shard = index.parent / file
+        shards.setdefault(index.parent / file, []).append(name)
+    for shard, expected in shards.items():
         if not shard.exists():
             raise CheckpointError(f"{shard} is missing; it should hold {listed(expected)}")
-        lacking = [name for name in expected if name not in _read(shard)]
-        if lacking:
-            raise CheckpointError(f"{shard} lacks {listed(lacking)}, which {index.name} puts there")
-        shards.append(shard)
     return shards
 
 

@@ -1,4 +1,4 @@
-"""`save_pretrained` and `from_pretrained`: what comes back, how it lies on disk, what goes wrong."""
+"""`save_pretrained` and `from_pretrained`: what comes back, how it lies, what goes wrong."""
 
 import json
 
@@ -94,8 +94,8 @@ def test_merged_layers(family, tmp_path):
     model = compressed(family)
     name = {"gpt2": "transformer.h.0.mlp.c_fc", "llama": "model.layers.0.mlp.up_proj"}[family]
     low_rank = model.get_submodule(name)
-    useless = LowRankLinear(24, 40, 24, bias=low_rank.bias is not None).double()
-    model.set_submodule(name, useless)
+    useless = LowRankLinear(24, 40, 24, bias=low_rank.bias is not None)
+    model.set_submodule(name, useless.double().eval())
     assert [row.path for row in fsc.merge_(model).rows if row.is_merged] == [name]
     fsc.save_pretrained(model, tmp_path)
     loaded = fsc.from_pretrained(tmp_path)
