@@ -59,7 +59,12 @@ def load_checkpoint(path: str | Path, base: Any = None, format: str = "auto") ->
     """
     validate_format(format)
     checkpoint = read_checkpoint(path)
-    if native.is_native(checkpoint.config) and format in ("auto", NATIVE):
+    if native.is_native(checkpoint.config):
+        if format not in ("auto", NATIVE):
+            raise CheckpointError(
+                f"format={format!r}, but the flashsvd block in {checkpoint.path}'s config.json is "
+                "that of 'native'"
+            )
         return _load_native(checkpoint, base, None, None)
     if format == NATIVE:
         raise CheckpointError(
@@ -107,7 +112,7 @@ def _load_native(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> nn.Module:
-    model = skeleton_of(base, checkpoint.config, checkpoint.tensors)
+    model = skeleton_of(base, checkpoint.config, checkpoint.tensors, is_exact=True)
     native.rebuild_(model, checkpoint.config)
     tensors = native.with_tied(checkpoint.tensors, checkpoint.config)
     place_tensors(model, tensors, dtype, Placer(device))
@@ -150,7 +155,8 @@ def _check_label(
     for other in found:
         if other in candidates or other.num_factors < candidates[0].num_factors:
             continue
-        if {f.order for f in _assembled(other, linears).values()} == {"as told"}:
+        orders = {f.order for f in _assembled(other, linears).values()}
+        if "as told" in orders and "swapped" not in orders:
             path, parts = next(iter(other.factors.items()))
             raise CheckpointError(
                 f"format={name!r}, but {' and '.join(parts.names[:2])} have the shapes of "
@@ -168,6 +174,10 @@ def _assembled(reading: Reading, linears: dict[str, Linear]) -> dict[str, Factor
             )
         out_features, in_features = linear.weight.shape
         factors[path] = assemble(path, out_features, in_features, parts)
+        if getattr(linear.module, "bias", None) is not None and factors[path].bias is None:
+            raise CheckpointError(
+                f"{path} has a bias in the model, and there is none beside {', '.join(parts.names)}"
+            )
     return factors
 
 

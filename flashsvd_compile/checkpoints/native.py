@@ -103,7 +103,7 @@ def rebuild_(model: nn.Module, config: Mapping[str, Any]) -> None:
             f"allowed are 1 to {VERSION}; a newer flashsvd_compile may read it"
         )
     linears = {path: linear for linear in find_linears(model) for path in linear.paths}
-    for path, entry in block["modules"].items():
+    for path, entry in block.get("modules", {}).items():
         if path not in linears:
             raise CheckpointError(
                 f"config.json: {path} is no linear of the model{nearest(path, linears)}"

@@ -25,13 +25,20 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
         yield new
         for kept in directory.iterdir() if directory.exists() else ():
             if not is_written(kept.name):
-                copy = shutil.copytree if kept.is_dir() else shutil.copy2
-                copy(kept, new / kept.name)
+                _copy(kept, new / kept.name)
         _swap(directory, new, old)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(kept: Path, to: Path) -> None:
+    """A file, a link as a link, or a directory."""
+    if kept.is_dir() and not kept.is_symlink():
+        shutil.copytree(kept, to, symlinks=True)
+    else:
+        shutil.copy2(kept, to, follow_symlinks=False)
 
 
 def _swap(directory: Path, new: Path, old: Path) -> None:

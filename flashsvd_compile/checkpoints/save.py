@@ -25,14 +25,15 @@ def save_pretrained(
     """Write ``model`` so that `from_pretrained` makes it again, without its dense weights.
 
     Args:
-        model: one of transformers, with low-rank modules in the place of any of its linears.
+        model: one of transformers, with low-rank modules in the place of any of its linears. Where
+            its class is your own, `load_checkpoint` loads it, with such a model as base.
         directory: where to; a new one, an empty one, or one that this function has written, which
             is replaced. Other files in it (a tokenizer) stay.
         max_shard_size: bytes of one file at most, or a string as ``"5GB"``.
 
     The directory is written beside its place and renamed: a failure leaves what was there.
 
-    Raises `TypeError` for a model that is none of transformers, `CheckpointError` for one with
+    Raises `TypeError` for a model that is none of transformers', `CheckpointError` for one with
     modules that the format cannot say or weights on the meta device, `FileExistsError` for a
     directory with other contents, `ImportError` where a package is not installed.
     """
@@ -42,6 +43,9 @@ def save_pretrained(
             f"model must be one of transformers, got {type(model).__qualname__}; save the state "
             "dict of other modules, and pass the module to load_checkpoint as base"
         )
+    name = type(model).__name__
+    if getattr(transformers, name, type(model)) is not type(model):
+        raise TypeError(f"model is a {name}, but not that of transformers, which would be loaded")
     directory = Path(directory).resolve()  # a link stays, what it leads to is replaced
     _check_target(directory)
     modules = native.describe(model, skeleton_like(model))

@@ -31,16 +31,19 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton_of(base: Any, config: Mapping[str, Any], names: Collection[str]) -> nn.Module:
+def skeleton_of(
+    base: Any, config: Mapping[str, Any], names: Collection[str], is_exact: bool = False
+) -> nn.Module:
     """A new model in eval mode without weights.
 
     Args:
         base: None for what ``config`` says, a module (on any device; it is left as it is), a
             config of transformers, or the name or directory of a model for transformers.
-        config: the checkpoint's config.json; its ``architectures`` choose the class, whatever the
-            base, unless that is a module.
+        config: the checkpoint's config.json; its ``architectures`` choose the class where the
+            base is a config that has none.
         names: of the checkpoint's tensors. Where no architecture is told, an ``lm_head`` among
             them makes it a causal language model, and all else the bare model.
+        is_exact: take an architecture for what it says, not for the class that its name ends with.
 
     Raises `CheckpointError` where transformers does not know the model type, and `TypeError` for
     a base of another kind.
@@ -57,9 +60,13 @@ def skeleton_of(base: Any, config: Mapping[str, Any], names: Collection[str]) ->
             "base must be a module, a config of transformers, or the name or directory of a "
             f"model; got {type(base).__name__}"
         )
-    architectures = [*(config.get("architectures") or ()), *(base.architectures or ())]
-    has_head = any(name.startswith("lm_head.") for name in names)
-    return _built(_class_for(base, architectures, has_head), copy.deepcopy(base)).eval()
+    kind = _class_for(
+        base,
+        list(base.architectures or config.get("architectures") or ()),
+        has_head=any(name.startswith("lm_head.") for name in names),
+        is_exact=is_exact,
+    )
+    return _built(kind, copy.deepcopy(base)).eval()
 
 
 def skeleton_like(model: Any) -> nn.Module:
@@ -130,7 +137,7 @@ def _known_config(config: Mapping[str, Any]) -> Any:
     )
 
 
-def _class_for(config: Any, architectures: list[str], has_head: bool) -> Any:
+def _class_for(config: Any, architectures: list[str], has_head: bool, is_exact: bool) -> Any:
     """The class of transformers that an architecture's name ends with.
 
     ``ShareLlamaForCausalLM`` is ``LlamaForCausalLM``; a name without the model's
@@ -138,11 +145,12 @@ def _class_for(config: Any, architectures: list[str], has_head: bool) -> Any:
     """
     transformers = optional_module("transformers")
     for name in architectures:
-        for start in [m.start() for m in re.finditer("[A-Z]", name)]:
+        starts = [0] if is_exact else [m.start() for m in re.finditer("[A-Z]", name)]
+        for start in starts:
             found = getattr(transformers, name[start:], None)
             if getattr(found, "config_class", None) is type(config):
                 return found
-        head = re.search(r"For[A-Z]\w+$", name)
+        head = None if is_exact else re.search(r"For[A-Z]\w+$", name)
         auto = getattr(transformers, f"AutoModel{head[0]}", None) if head else None
         if auto is not None and type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -151,5 +159,5 @@ def _class_for(config: Any, architectures: list[str], has_head: bool) -> Any:
         return auto._model_mapping[type(config)]
     raise CheckpointError(
         f"transformers has none of the architectures {architectures} for {type(config).__name__}; "
-        "pass the model as base="
+        "pass the model to load_checkpoint as base="
     )

@@ -30,8 +30,8 @@ _DOBI_REMAPPED = "remapping_weight.pt"
 _LAYER_FILE = re.compile(r"gpt2_block_(\d+)\.pt")
 
 _CONVERT = """
-It is a pickle of whole objects, and reading one can run any code, so it is not opened. Convert it
-in the environment of the tool that wrote it, if you trust the file:
+A pickle of whole objects can run any code when it is read, so it is not opened. Convert it in the
+environment of the tool that wrote it, if you trust the file:
 
     import torch
     from safetensors.torch import save_model
@@ -182,10 +182,11 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         # Only archives can be mapped; older files are read.
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
+        convert = _CONVERT.format(path=str(file))
         raise CheckpointError(
-            f"{file} holds more than tensors.{_CONVERT.format(path=str(file))}"
+            f"{file} holds more than tensors, or is no file of torch.{convert}"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError) as error:
         raise CheckpointError(f"{file} is damaged ({error})") from error
     return _only_tensors(file, found)
 

@@ -81,6 +81,14 @@ def _set(name, *shape):
         (_set("model.norn.weight", 24), r"no place for model\.norn\.weight"),
         (_set("model.norm.weight", 23), r"model\.norm\.weight is \[23\], the model's is \[24\]"),
         (_set(f"{UP}.weight", 40, 24), rf"no place for {UP}\.weight"),
+        (
+            lambda t: t.update({f"{UP}.BLinear.weight": torch.zeros(5, 24, dtype=torch.int8)}),
+            r"BLinear\.weight is int8, expected floating-point",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),
+            r"model\.norm\.weight is int8, the model's is float",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(change, message, written):
@@ -101,16 +109,49 @@ def test_formats_that_are_not(written):
         fsc.load_checkpoint(path, format="palu")
     with pytest.raises(fsc.CheckpointError, match=r"format='dobisvd'.*shapes of 'asvd'"):
         fsc.load_checkpoint(path, format="dobisvd")
+    fsc.save_pretrained(fsc.load_checkpoint(path), path / "saved")
+    with pytest.raises(fsc.CheckpointError, match=r"format='asvd'.*'native'"):
+        fsc.load_checkpoint(path / "saved", format="asvd")
 
 
-def test_letters_count_where_shapes_leave_both_orders(written):
-    """A square linear of full rank."""
+def test_a_bias_that_is_missing(tmp_path):
+    dense = dense_model("opt")
+    path = "model.decoder.layers.0.fc1"
+    down, up = make_product_(dense.get_submodule(path), 5)
+    tensors = rest_of(dense, path, biases=False)
+    tensors |= {f"{path}.BLinear.weight": down, f"{path}.ALinear.weight": up}
+    write(tmp_path, dense, tensors)
+    with pytest.raises(fsc.CheckpointError, match=r"fc1 has a bias in the model"):
+        fsc.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["asvd", "dobisvd"])
+@pytest.mark.parametrize("told_by", ["another linear", "format", "nothing"])
+def test_shapes_that_leave_both_orders(format, told_by, written):
+    """A square linear of full rank: other linears tell what letters mean, or the user does."""
+    down, up = ("BLinear", "ALinear") if format == "asvd" else ("ALinear", "BLinear")
     path = "model.layers.0.self_attn.q_proj"
-    a, b = make_product_(written.dense.get_submodule(path), 24)
-    change = {f"{path}.BLinear.weight": a, f"{path}.ALinear.weight": b}
+    factors = dict(zip((down, up), make_product_(written.dense.get_submodule(path), 24),
+                       strict=True))  # fmt: skip
+    change = {f"{path}.{name}.weight": factor for name, factor in factors.items()}
+    other_down = written.tensors.pop(f"{UP}.BLinear.weight")
+    other_up = written.tensors.pop(f"{UP}.ALinear.weight")
+    if told_by == "another linear":
+        change |= {f"{UP}.{down}.weight": other_down, f"{UP}.{up}.weight": other_up}
+    else:
+        change[f"{UP}.weight"] = other_up @ other_down
     written.tensors.pop(f"{path}.weight")
     directory = written(lambda tensors: tensors.update(change))
-    assert_same_logits(fsc.load_checkpoint(directory), written.dense)
+    if told_by == "nothing":
+        with pytest.raises(fsc.CheckpointError, match=r"q_proj: .* in either order; name the"):
+            fsc.load_checkpoint(directory)
+        return
+    loaded = fsc.load_checkpoint(directory, format=format if told_by == "format" else "auto")
+    assert_same_logits(loaded, written.dense)
+    if told_by == "another linear":
+        wrong = "dobisvd" if format == "asvd" else "asvd"
+        with pytest.raises(fsc.CheckpointError, match=f"have the shapes of '{format}'"):
+            fsc.load_checkpoint(directory, format=wrong)
 
 
 def test_a_dense_checkpoint_is_none(tmp_path):
@@ -184,7 +225,7 @@ def test_pickles_of_objects_are_refused_and_not_run(kind, written, tmp_path):
     elif kind == "code":
         torch.save({"a": Traitor()}, file)
     else:
-        file.write_bytes(pickle.dumps(Traitor()))
+        file.write_bytes(pickle.dumps(Traitor(), protocol=2))
     with pytest.raises(fsc.CheckpointError, match=r"(?s)whole_model\.pt.*safetensors"):
         fsc.load_checkpoint(file, base=written.dense)
     assert not Traitor.ran

@@ -209,9 +209,8 @@ def test_bases_that_differ_are_not_shared_whatever_the_config_says(tmp_path):
 # ---- Palu ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 5, 3), (8, 1, 8)])
-def test_groups_of_heads(ranks, tmp_path):
-    """Keys and values of a model with a head a group, in groups of equal ranks and others."""
+def _grouped(ranks):
+    """Keys and values of an OPT with a head a group, in groups of these ranks."""
     dense = dense_model("opt")
     paths = [p for p in layer_linears(dense) if p.endswith(("k_proj", "v_proj"))]
     tensors = rest_of(dense, *paths, biases=False)
@@ -226,10 +225,16 @@ def test_groups_of_heads(ranks, tmp_path):
             tensors[f"{path}.U.{g}.bias"] = linear.bias[8 * g : 8 * g + 8].detach().clone()
             products.append(up @ rows)
         linear.weight.data.copy_(torch.cat(products))
+    return dense, tensors
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 5, 3), (8, 1, 8)])
+def test_groups_of_heads(ranks, tmp_path):
+    dense, tensors = _grouped(ranks)
     write(tmp_path, dense, tensors)
     loaded = fsc.load_checkpoint(tmp_path)
     assert_same_logits(loaded, dense)
-    module = loaded.get_submodule(paths[0])
+    module = loaded.model.decoder.layers[0].self_attn.k_proj
     assert isinstance(module, PerHeadLowRankLinear)
     assert module.u.shape == (3, max(ranks), 24)
     assert module.method == "palu"
@@ -351,6 +356,38 @@ def test_llama_blocks(tmp_path):
     assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("svdllm-llama", "TransformersForCausalLM"),
+        ("basis_sharing_llama", "BasisSharingLlamaForCausalLM"),
+        ("llama", "DobiSVDLlamaForCausalLM"),
+    ],
+)
+def test_tools_names_for_known_models(model_type, architecture, tmp_path):
+    dense = dense_model("llama")
+    write(tmp_path, dense, _factored(dense, NAMES["flashsvd"]), model_type=model_type,
+          architectures=[architecture], auto_map={"AutoModel": "modeling.Other"})  # fmt: skip
+    loaded = fsc.load_checkpoint(tmp_path)
+    assert_same_logits(loaded, dense)
+    fsc.save_pretrained(loaded, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["model_type"] == "llama"
+    assert saved["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in saved
+    assert_same_logits(fsc.from_pretrained(tmp_path / "saved"), dense)
+
+
+def test_unknown_model_types(tmp_path):
+    dense = dense_model("llama")
+    write(tmp_path, dense, _factored(dense, NAMES["flashsvd"]), model_type="lama")
+    with pytest.raises(fsc.CheckpointError, match=r"no model type 'lama'; say .* with base="):
+        fsc.load_checkpoint(tmp_path)
+    write(tmp_path, dense, _factored(dense, NAMES["flashsvd"]), architectures=["LamaForCausal"])
+    with pytest.raises(fsc.CheckpointError, match=r"none of the architectures \['LamaForCausal'\]"):
+        fsc.load_checkpoint(tmp_path)
+
+
 # ---- the base -----------------------------------------------------------------------------------
 
 
@@ -396,9 +433,14 @@ def test_a_base_that_is_none_of_transformers(tmp_path):
     torch.testing.assert_close(loaded(x), dense(x))
 
 
-def test_compiled(tmp_path, fresh_inference):
-    dense = dense_model("bert")
-    write(tmp_path, dense, _factored(dense, NAMES["svdllm"]))
+@pytest.mark.parametrize("layout", ["svdllm", "palu"])
+def test_compiled(layout, tmp_path, fresh_inference):
+    if layout == "svdllm":
+        dense = dense_model("bert")
+        write(tmp_path, dense, _factored(dense, NAMES["svdllm"]))
+    else:
+        dense, tensors = _grouped((2, 5, 3))
+        write(tmp_path, dense, tensors)
     loaded = fsc.load_checkpoint(tmp_path)
     compiled = torch.compile(loaded, backend="flashsvd", options={"compiler": "eager"})
     assert_same_logits(compiled, dense)

@@ -227,6 +227,24 @@ def test_models_that_cannot_be_said(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class MyBert(FAMILIES["bert"][0]):
+    pass
+
+
+def test_classes_of_ones_own_are_loaded_with_a_base(tmp_path):
+    model = MyBert(FAMILIES["bert"][1]()).double().eval()
+    fsc.compress_(model, keep=0.5)
+    fsc.save_pretrained(model, tmp_path)
+    with pytest.raises(fsc.CheckpointError, match=r"none of the architectures \['MyBert'\]"):
+        fsc.from_pretrained(tmp_path)
+    loaded = fsc.load_checkpoint(tmp_path, base=MyBert(model.config))
+    assert type(loaded) is MyBert
+    assert_same_logits(loaded, model)
+    model.__class__ = type("BertModel", (MyBert,), {})
+    with pytest.raises(TypeError, match="BertModel, but not that of transformers"):
+        fsc.save_pretrained(model, tmp_path)
+
+
 def _changed(directory, change):
     config = json.loads((directory / "config.json").read_text())
     change(config["flashsvd"])
