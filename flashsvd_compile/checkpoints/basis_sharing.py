@@ -1,11 +1,11 @@
 """Basis Sharing: layers that share their down factor, stored once, twice or for each of them.
 
-    model.layers.3.self_attn.q_basis.weight    layer-local, [r, in]
-    model.q_basis.3.weight                     the same tensor again, by layer
+    model.layers.3.self_attn.q_basis.weight    beside the linear, [r, in]
+    model.q_basis.3.weight                     the same tensor, by layer; in some families the only
     q_groups = [[0, 1], [2, 3]]                in the config: who shares
 
-A file may keep any of these and leave out the others. Afterwards every layer that has a basis has
-a layer-local one, equal ones are one tensor, and the second names are gone. Contents decide what is
+A file may keep any of these and leave out the others. Afterwards every linear that has a basis has
+one beside it, equal ones are one tensor, and names by layer are gone. Contents decide what is
 shared; the config only fills in what is not stored.
 """
 
@@ -17,35 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LINEAR = re.compile(r"(?P<parent>(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)\.(?:.*\.)?)(?P<name>\w+)")
+_LINEAR = re.compile(r"(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)\.(?P<name>.+)")
 _BY_LAYER = re.compile(r"(?:.*\.)?(?P<stem>\w+)_basis\.(?P<layer>\d+)\.weight")
+
+# What bases are called whose linear is called otherwise (q is q_proj, and so on).
+_STEMS = {
+    "self_attn.out_proj": "o", "fc1": "up", "fc2": "down",  # OPT
+    "attn.c_attn": "attn", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down",  # GPT-2
+}  # fmt: skip
 
 
 def complete_bases(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], linears: Collection[str]
 ) -> dict[str, Tensor]:
-    """``tensors`` with a basis for every layer that has one, and one object for equal bases."""
+    """``tensors`` with a basis beside each linear that has one, and one object for equal bases."""
     by_layer = {
         (match["stem"], int(match["layer"])): name
         for name in tensors
         if (match := _BY_LAYER.fullmatch(name))
     }
-    completed = {k: v for k, v in tensors.items() if k not in by_layer.values()}
-    local = {}  # (stem, layer) -> name of the layer-local basis
+    beside = {}  # (stem, layer) -> name of the basis beside the linear
     for path in linears:
         if match := _LINEAR.fullmatch(path):
-            stem = match["name"].removesuffix("_proj")
-            local[stem, int(match["layer"])] = f"{match['parent']}{stem}_basis.weight"
+            name = match["name"]
+            stem = _STEMS.get(name, name.rpartition(".")[2].removesuffix("_proj"))
+            beside[stem, int(match["layer"])] = f"{path.removesuffix('_proj')}_basis.weight"
 
     def stored(stem: str, layer: int) -> Tensor | None:
-        name = local.get((stem, layer), "")
-        other = by_layer.get((stem, layer), "")
-        return tensors.get(name, tensors.get(other))
+        names = (beside.get((stem, layer), ""), by_layer.get((stem, layer), ""))
+        return next((tensors[name] for name in names if name in tensors), None)
 
+    completed = {name: t for name, t in tensors.items() if name not in by_layer.values()}
     bases: dict[str, list[Tensor]] = defaultdict(list)
-    for (stem, layer), name in local.items():
+    for (stem, layer), name in beside.items():
         members = (layer, *_sharers(config, stem, layer))
-        basis = next((b for m in members if (b := stored(stem, m)) is not None), None)
+        basis = next((b for member in members if (b := stored(stem, member)) is not None), None)
         if basis is not None:
             completed[name] = _one_object(basis, bases[stem])
     return completed

@@ -185,6 +185,46 @@ def test_shared_bases(stored, tmp_path):
     assert first.mlp.down_proj.u is not second.mlp.down_proj.u
 
 
+# Linears of a layer by the name of their basis, in families that store bases by layer only.
+BY_LAYER = {
+    "opt": ("model.decoder.", "layers", {
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+    }),
+    "gpt2": ("transformer.", "h", {
+        "attn": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BY_LAYER)
+def test_bases_of_other_families(family, tmp_path):
+    dense = dense_model(family)
+    prefix, layers, linears = BY_LAYER[family]
+    tensors = {k: v.clone() for k, v in dense.state_dict().items() if k != "lm_head.weight"}
+    for stem, name in linears.items():
+        basis = None
+        for n in range(2):
+            path = f"{prefix}{layers}.{n}.{name}"
+            weight = dense.get_submodule(path).weight
+            out_features, in_features = weight.T.shape if family == "gpt2" else weight.shape
+            if basis is None:
+                basis = torch.randn(6, in_features, dtype=torch.float64) / in_features**0.5
+            up = torch.randn(out_features, 6, dtype=torch.float64)
+            product = up @ basis
+            weight.data.copy_(product.T if family == "gpt2" else product)
+            tensors[f"{path}.weight"] = up
+            tensors[f"{prefix}{stem}_basis.{n}.weight"] = basis.clone()
+    write(tmp_path, dense, tensors)
+    loaded = fsc.load_checkpoint(tmp_path)
+    assert_same_logits(loaded, dense)
+    first, second = (
+        loaded.get_submodule(f"{prefix}{layers}.{n}.{linears['up']}") for n in range(2)
+    )
+    assert first.method == "basis_sharing"
+    assert first.u is second.u
+
+
 def test_bases_that_share_memory_in_a_pickle(tmp_path):
     dense = dense_model("llama")
     tensors = _shared(dense)
