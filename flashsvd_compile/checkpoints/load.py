@@ -97,6 +97,8 @@ def from_pretrained(
 
     Raises as `load_checkpoint` does.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     checkpoint = read_checkpoint(directory)
     if not native.is_native(checkpoint.config):
         raise CheckpointError(

@@ -12,8 +12,8 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
     """A new directory to write into, which takes the place of ``directory`` at the end.
 
     It lies beside it until then. Where writing fails it is removed, and ``directory`` is as it was.
-    What else is in there (a tokenizer) moves along; files of the old contents do not: those for
-    whose names ``is_written`` holds. The change itself is two renames: whoever is killed between
+    What else is in there (a tokenizer) is copied along; the old contents, files for whose names
+    ``is_written`` holds, are not. The change itself is two renames: whoever is killed between
     them finds the old directory whole beside the place, its name followed by ``.old``.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)

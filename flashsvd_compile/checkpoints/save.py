@@ -84,6 +84,7 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     if on_meta:
         raise CheckpointError(f"{listed(on_meta)} on the meta device; load the model first")
     kept: dict[Any, str] = {}
+    storages = set()
     distinct, tied = {}, {}
     for name, tensor in state.items():
         key: Any = name
@@ -94,8 +95,12 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             tied[name] = kept[key]
             continue
         kept[key] = name
-        shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-        distinct[name] = tensor.clone() if shares else tensor.contiguous()
+        storage = tensor.untyped_storage()
+        is_alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        contiguous = tensor.contiguous()
+        # Views into others' memory are copied: a file holds every tensor for itself.
+        distinct[name] = contiguous if is_alone else contiguous.clone()
     return distinct, tied
 
 

@@ -473,11 +473,14 @@ def test_a_base_that_is_none_of_transformers(tmp_path):
     torch.testing.assert_close(loaded(x), dense(x))
 
 
-@pytest.mark.parametrize("layout", ["svdllm", "palu"])
+@pytest.mark.parametrize("layout", ["svdllm", "palu", "basis_sharing"])
 def test_compiled(layout, tmp_path, fresh_inference):
     if layout == "svdllm":
         dense = dense_model("bert")
         write(tmp_path, dense, _factored(dense, NAMES["svdllm"]))
+    elif layout == "basis_sharing":
+        dense = dense_model("llama")
+        write(tmp_path, dense, {k: v.clone() for k, v in _shared(dense).items()})
     else:
         dense, tensors = _grouped((2, 5, 3))
         write(tmp_path, dense, tensors)

@@ -88,6 +88,19 @@ def test_shared_factors_stay_shared(tmp_path):
     assert_same_logits(loaded, model)
 
 
+def test_parameters_that_are_views_of_one_another(tmp_path):
+    model = compressed("bert")
+    norms = [layer.output.LayerNorm for layer in model.bert.encoder.layer]
+    both = torch.randn(2, 24, dtype=torch.float64)
+    for norm, row in zip(norms, both, strict=True):
+        norm.weight = nn.Parameter(row)
+    model.bert.pooler = None
+    embedding = model.bert.embeddings.token_type_embeddings
+    embedding.weight = nn.Parameter(both)
+    fsc.save_pretrained(model, tmp_path)
+    assert_same_logits(fsc.from_pretrained(tmp_path), model)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_merged_layers(family, tmp_path):
     """`merge_` leaves plain linears, in GPT-2 where transformers has a Conv1D."""
@@ -114,6 +127,12 @@ def test_dtypes(tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded.config.dtype == torch.float32
     assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32  # computed, not stored
+
+
+def test_dtypes_that_are_none(tmp_path):
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(TypeError, match=r"dtype must be a floating-point torch\.dtype"):
+            fsc.from_pretrained(tmp_path, dtype=dtype)
 
 
 def test_a_loaded_checkpoint_keeps_its_method(tmp_path):
