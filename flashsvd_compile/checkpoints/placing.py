@@ -126,7 +126,9 @@ def _given(
     model: nn.Module, places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[str, Tensor]]:
     """place -> the tensor for it and the name under which it is stored."""
-    prefix, given, unexpected = prefix_of(model), {}, []
+    prefix = prefix_of(model)
+    given: dict[str, tuple[str, Tensor]] = {}
+    unexpected = []
     for name, tensor in tensors.items():
         place = resolve(name, places, prefix)
         if place is None:
@@ -139,6 +141,8 @@ def _given(
         if tensor.is_floating_point() != places[place].is_floating_point():
             dtypes = [str(t.dtype).removeprefix("torch.") for t in (tensor, places[place])]
             raise CheckpointError(f"{name} is {dtypes[0]}, the model's is {dtypes[1]}")
+        if place in given and not torch.equal(given[place][1], tensor):
+            raise CheckpointError(f"{given[place][0]} and {name} are for one place and differ")
         given[place] = (name, tensor)
     ignored = (*_STALE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     computed = {name for name, _ in model.named_buffers()}

@@ -13,8 +13,8 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
 
     It lies beside it until then. Where writing fails it is removed, and ``directory`` is as it was.
     What else is in there (a tokenizer) is copied along; the old contents, files for whose names
-    ``is_written`` holds, are not. The change itself is two renames: whoever is killed between
-    them finds the old directory whole beside the place, its name followed by ``.old``.
+    ``is_written`` holds, are not. The change itself is two renames: a process that is killed
+    between them leaves the old directory whole, but beside the place: see `interrupted`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
@@ -31,6 +31,14 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def interrupted(directory: Path) -> Path | None:
+    """Where the contents of ``directory`` are, if a process was killed while it replaced it."""
+    if directory.exists():
+        return None
+    found = sorted(directory.parent.glob(f".{directory.name}.*.old"))
+    return found[-1] if found else None
 
 
 def _copy(kept: Path, to: Path) -> None:

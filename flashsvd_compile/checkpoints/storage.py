@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flashsvd_compile.checkpoints.errors import CheckpointError, listed, optional_module
+from flashsvd_compile.checkpoints.replacing import interrupted
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _PICKLES = (".bin", ".pt", ".pth")
@@ -61,7 +62,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        old = interrupted(path)
+        hint = f"; writing there was interrupted, what was there before is at {old}" if old else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     directory = path if path.is_dir() else path.parent
     if path.name == _DOBI_REMAPPED or (path.is_dir() and (path / _DOBI_REMAPPED).exists()):
         raise CheckpointError(

@@ -114,6 +114,21 @@ def test_formats_that_are_not(written):
         fsc.load_checkpoint(path / "saved", format="asvd")
 
 
+def test_two_tensors_for_one_place(written):
+    """With the base model's prefix and without."""
+    directory = written(_set("norm.weight", 24))
+    with pytest.raises(fsc.CheckpointError, match=r"norm\.weight and .*norm\.weight are for one"):
+        fsc.load_checkpoint(directory)
+
+
+def test_names_without_the_base_models_prefix(tmp_path):
+    dense = dense_model("llama")
+    down, up = make_product_(dense.get_submodule(UP), 5)
+    tensors = rest_of(dense, UP) | {f"{UP}.BLinear.weight": down, f"{UP}.ALinear.weight": up}
+    write(tmp_path, dense, {k.removeprefix("model."): v for k, v in tensors.items()})
+    assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
+
+
 def test_a_bias_that_is_missing(tmp_path):
     dense = dense_model("opt")
     path = "model.decoder.layers.0.fc1"

@@ -1,6 +1,8 @@
 """`save_pretrained` and `from_pretrained`: what comes back, how it lies, what goes wrong."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,8 +51,9 @@ def test_round_trip(family, shards, tmp_path):
     loaded = fsc.from_pretrained(tmp_path / "saved")
     assert type(loaded) is type(model)
     assert loaded.state_dict().keys() == model.state_dict().keys()
+    state = loaded.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
     assert torch.equal(logits(loaded), logits(model))
     kinds = {p: type(m) for p, m in model.named_modules() if isinstance(m, LOW_RANK)}
     assert kinds
@@ -227,6 +230,26 @@ def test_a_failing_rename_leaves_what_was_there(tmp_path, monkeypatch):
         fsc.save_pretrained(compressed("bert"), directory)
     assert contents(directory) == before
     assert [f.name for f in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_model_whole(tmp_path):
+    """Between the two renames, the one moment at which nothing is in the place itself."""
+    directory, model = tmp_path / "saved", compressed("llama")
+    fsc.save_pretrained(model, directory)
+    script = f"""
+import os, sys
+from pathlib import Path
+from flashsvd_compile.checkpoints.replacing import replacing
+rename = Path.rename
+Path.rename = lambda self, to: os._exit(9) if self.suffix == ".new" else rename(self, to)
+with replacing(Path({str(directory)!r}), lambda name: True) as new:
+    (new / "model.safetensors").write_text("half")
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    with pytest.raises(FileNotFoundError, match=r"what was there before is at (.*)") as error:
+        fsc.from_pretrained(directory)
+    old = str(error.value).rpartition(" at ")[2]
+    assert_same_logits(fsc.from_pretrained(old), model)
 
 
 # ---- what cannot be saved or loaded -------------------------------------------------------------
