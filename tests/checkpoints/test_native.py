@@ -16,8 +16,8 @@ from flashsvd_compile.compress.modules import (
     PerHeadLowRankLinear,
 )
 
-pytest.importorskip("transformers")
-from tests.checkpoints.written import (
+transformers = pytest.importorskip("transformers")
+from tests.checkpoints.written import (  # noqa: E402
     FAMILIES,
     assert_same_logits,
     dense_model,
@@ -60,6 +60,48 @@ def test_round_trip(family, shards, tmp_path):
     assert {p: type(m) for p, m in loaded.named_modules() if isinstance(m, LOW_RANK)} == kinds
     assert len(list(loaded.parameters())) == len(list(model.parameters()))  # what was tied is
     assert_same_logits(fsc.load_checkpoint(tmp_path / "saved"), model)
+
+
+_TWO_SIDES = {
+    "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "vocab_size": 50,
+    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+_ONE_SIDE = {
+    "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 40,
+    "vocab_size": 50,
+}  # fmt: skip
+# Buffers and parameters that are computed, tied or shared in ways of their own.
+OTHERS = {
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"d_model": 24, "d_kv": 8, "num_heads": 3, "num_layers": 1, "d_ff": 40, "vocab_size": 50},
+    ),
+    "MarianMTModel": ("MarianConfig", _TWO_SIDES),
+    "AlbertForMaskedLM": ("AlbertConfig", _ONE_SIDE | {"embedding_size": 16}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", _ONE_SIDE),
+    "Gemma3ForCausalLM": (
+        "Gemma3TextConfig",
+        _ONE_SIDE | {"num_key_value_heads": 1, "head_dim": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_tensors_of_other_families(name, tmp_path):
+    config, sizes = OTHERS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    fsc.compress_(model, keep=0.6)
+    fsc.save_pretrained(model, tmp_path)
+    loaded = fsc.from_pretrained(tmp_path)
+    for expected, got in (
+        (model.state_dict(), loaded.state_dict()),
+        (dict(model.named_buffers()), dict(loaded.named_buffers())),
+    ):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
 def test_the_block_says_kinds_ranks_heads_and_method(tmp_path):
