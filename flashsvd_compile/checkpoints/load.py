@@ -71,16 +71,21 @@ def load_checkpoint(path: str | Path, base: Any = None, format: str = "auto") ->
             f"format='native', but {checkpoint.path} has no config.json with a flashsvd block; "
             "use format='auto' for other tools' checkpoints"
         )
-    model = skeleton_of(base, checkpoint.config, checkpoint.tensors)
-    linears = {path: linear for linear in find_linears(model) for path in linear.paths}
-    found = readings(checkpoint.tensors, checkpoint.config, linears, prefix_of(model))
+    stored, dtype = checkpoint.tensors, _usual_dtype(checkpoint.tensors.values())
+    model = skeleton_of(base, checkpoint.config, stored, dtype)
+    linears = _linears_by_path(model)
+    found = readings(stored, checkpoint.config, linears, prefix_of(model))
     reading, factors = _fitting(format, chosen(format, found), found, linears)
 
-    placer, dtype = Placer(), _usual_dtype(reading.rest.values())
+    usual = _usual_dtype(reading.rest.values()) or dtype
+    if usual != dtype:  # most values are factors', and buffers were computed in their dtype
+        model = skeleton_of(base, checkpoint.config, stored, usual)
+        linears = _linears_by_path(model)
+    placer = Placer()
     for at, factored in factors.items():
-        place_factors(model, linears[at], factored, reading.layout.name, dtype, placer)
+        place_factors(model, linears[at], factored, reading.layout.name, usual, placer)
     place_tensors(model, reading.rest, None, placer)
-    return _finished(model, checkpoint, dtype)
+    return _finished(model, checkpoint, usual)
 
 
 def from_pretrained(
@@ -114,13 +119,18 @@ def _load_native(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> nn.Module:
-    model = skeleton_of(base, checkpoint.config, checkpoint.tensors, is_exact=True)
+    usual = dtype or _usual_dtype(checkpoint.tensors.values())
+    model = skeleton_of(base, checkpoint.config, checkpoint.tensors, usual, is_exact=True)
     native.rebuild_(model, checkpoint.config)
     tensors = native.with_tied(checkpoint.tensors, checkpoint.config)
     place_tensors(model, tensors, dtype, Placer(device))
     if device is not None:
         model.to(device)  # buffers that are computed, not stored
-    return _finished(model, checkpoint, dtype or _usual_dtype(tensors.values()))
+    return _finished(model, checkpoint, usual)
+
+
+def _linears_by_path(model: nn.Module) -> dict[str, Linear]:
+    return {path: linear for linear in find_linears(model) for path in linear.paths}
 
 
 def _fitting(

@@ -7,7 +7,8 @@ alone goes to the meta device: buffers get their values, and no matrix is ever a
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def skeleton_of(
-    base: Any, config: Mapping[str, Any], names: Collection[str], is_exact: bool = False
+    base: Any,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    dtype: torch.dtype | None,
+    is_exact: bool = False,
 ) -> nn.Module:
     """A new model in eval mode without weights.
 
@@ -43,30 +48,38 @@ def skeleton_of(
             base is a config that has none.
         names: of the checkpoint's tensors. Where no architecture is told, an ``lm_head`` among
             them makes it a causal language model, and all else the bare model.
+        dtype: of the weights to come, in which buffers are computed; a config may tell another.
         is_exact: take an architecture for what it says, not for the class that its name ends with.
 
-    Raises `CheckpointError` where transformers does not know the model type, and `TypeError` for
-    a base of another kind.
+    Raises `CheckpointError` where transformers does not know the model type or cannot build what
+    config.json says, and `TypeError` for a base of another kind.
     """
     if isinstance(base, nn.Module):
-        return _copied(base).eval()
+        return _copied(base, dtype).eval()
     transformers = optional_module("transformers")
+    is_from_file = base is None or isinstance(base, str | Path)
     if base is None:
         base = _known_config(config)
     elif isinstance(base, str | Path):
-        base = transformers.AutoConfig.from_pretrained(base)
+        # Left open, transformers asks at the terminal whether to run the code beside a config.
+        base = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     if not isinstance(base, transformers.PreTrainedConfig):
         raise TypeError(
             "base must be a module, a config of transformers, or the name or directory of a "
             f"model; got {type(base).__name__}"
         )
+    base = copy.deepcopy(base)
+    if is_from_file:
+        # The name of a kernel on the Hub, whose code transformers would load and run.
+        base._attn_implementation = base._experts_implementation = None
     kind = _class_for(
         base,
-        list(base.architectures or config.get("architectures") or ()),
+        _architectures(base.architectures or config.get("architectures")),
         has_head=any(name.startswith("lm_head.") for name in names),
         is_exact=is_exact,
     )
-    return _built(kind, copy.deepcopy(base)).eval()
+    with _told_as_config_error(type(base).__name__):
+        return _built(kind, base, dtype).eval()
 
 
 def skeleton_like(model: Any) -> nn.Module:
@@ -74,10 +87,10 @@ def skeleton_like(model: Any) -> nn.Module:
     return _built(type(model), copy.deepcopy(model.config))
 
 
-def _built(kind: Any, config: Any) -> Any:
+def _built(kind: Any, config: Any, dtype: torch.dtype | None = None) -> Any:
     initialization = optional_module("transformers.initialization")
     with _EmptyOnMeta(), initialization.no_init_weights():
-        model = kind._from_config(config)
+        model = kind._from_config(config, dtype=dtype or config.dtype)
     # What was made otherwise (ones of a norm) goes, too: all values come from the checkpoint.
     on_meta = _meta_parameters(model)
     for module in model.modules():
@@ -88,21 +101,21 @@ def _built(kind: Any, config: Any) -> Any:
     return model
 
 
-def _copied(base: nn.Module) -> nn.Module:
+def _copied(base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy whose parameters are on the meta device, tied where those of ``base`` are."""
     model = copy.deepcopy(base, _meta_parameters(base))
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = _computed_buffer(base, f"{path}.{name}".lstrip("."))
+                module._buffers[name] = _computed_buffer(base, f"{path}.{name}".lstrip("."), dtype)
     return model
 
 
-def _computed_buffer(base: Any, name: str) -> torch.Tensor:
+def _computed_buffer(base: Any, name: str, dtype: torch.dtype | None) -> torch.Tensor:
     """A buffer that ``base`` has on the meta device and no checkpoint holds, made anew."""
     if hasattr(base, "_from_config"):
-        return skeleton_like(base).get_buffer(name)
+        return _built(type(base), copy.deepcopy(base.config), dtype).get_buffer(name)
     raise CheckpointError(
         f"buffer {name} of base is on the meta device and is not stored in checkpoints; build base "
         "with its buffers on a real device"
@@ -116,6 +129,25 @@ def _meta_parameters(model: nn.Module) -> dict[int, Any]:
     }
 
 
+def _architectures(names: Any) -> list[str]:
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"architectures must be a list of names, got {names!r}")
+    return names
+
+
+@contextmanager
+def _told_as_config_error(what: str) -> Iterator[None]:
+    """Whatever transformers raises over the values of a config, as one kind of error."""
+    try:
+        yield
+    except (CheckpointError, ImportError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot make the model of {what}: {error}") from error
+
+
 def _known_config(config: Mapping[str, Any]) -> Any:
     """config.json as a config of transformers, with the model type that the tool has built on."""
     mapping = optional_module("transformers").models.auto.configuration_auto.CONFIG_MAPPING
@@ -125,13 +157,16 @@ def _known_config(config: Mapping[str, Any]) -> Any:
             "there is no config.json with a model_type beside the weights; say what the model is "
             "with base="
         )
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json: model_type must be a string, got {model_type!r}")
     stripped = _TOOLS.fullmatch(model_type)
     names = [model_type] if stripped is None else [model_type, stripped[1]]
     for name in names:
         if name in mapping:
             # The tool's own code is never run, nor named in what is saved later.
             own = {k: v for k, v in config.items() if k not in ("auto_map", "flashsvd")}
-            return mapping[name].from_dict(own | {"model_type": name})
+            with _told_as_config_error("config.json"):
+                return mapping[name].from_dict(own | {"model_type": name})
     raise CheckpointError(
         f"transformers knows no model type {model_type!r}; say what the model is with base="
     )
