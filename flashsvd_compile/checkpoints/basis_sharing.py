@@ -5,7 +5,7 @@
     q_groups = [[0, 1], [2, 3]]                in the config: who shares
 
 A file may keep any of these and leave out the others. Afterwards every linear that has a basis has
-one beside it, equal ones are one tensor, and names by layer are gone. Contents decide what is
+one beside it, equal ones are one tensor, and its name by layer is gone. Contents decide what is
 shared; the config only fills in what is not stored.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashsvd_compile.checkpoints.errors import CheckpointError
 
 _LINEAR = re.compile(r"(?:.*\.)?(?:layers|h)\.(?P<layer>\d+)\.(?P<name>.+)")
 _BY_LAYER = re.compile(r"(?:.*\.)?(?P<stem>\w+)_basis\.(?P<layer>\d+)\.weight")
@@ -45,9 +47,13 @@ def complete_bases(
 
     def stored(stem: str, layer: int) -> Tensor | None:
         names = (beside.get((stem, layer), ""), by_layer.get((stem, layer), ""))
-        return next((tensors[name] for name in names if name in tensors), None)
+        held = [name for name in names if name in tensors]
+        if len(held) > 1 and not torch.equal(tensors[held[0]], tensors[held[1]]):
+            raise CheckpointError(f"{held[0]} and {held[1]} are for one layer and differ")
+        return tensors[held[0]] if held else None
 
-    completed = {name: t for name, t in tensors.items() if name not in by_layer.values()}
+    used = {name for place, name in by_layer.items() if place in beside}
+    completed = {name: t for name, t in tensors.items() if name not in used}
     bases: dict[str, list[Tensor]] = defaultdict(list)
     for (stem, layer), name in beside.items():
         members = (layer, *_sharers(config, stem, layer))

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from flashsvd_compile.checkpoints.errors import CheckpointError
-from flashsvd_compile.checkpoints.rules import Part, Parts
+from flashsvd_compile.checkpoints.rules import Part, Parts, Role
+from flashsvd_compile.compress.linears import DTYPES
 
 # What the shapes say of the roles that a layout's letters give to two matrices.
 Order = Literal["as told", "swapped", "either"]
@@ -58,7 +59,7 @@ class _Pair:
 
 def assemble(path: str, out_features: int, in_features: int, parts: Parts) -> Factors:
     """The factors of the linear at ``path``; raises `CheckpointError` where they are none."""
-    pairs = _pairs(path, parts)
+    pairs = _pairs(path, out_features, parts)
     rows = out_features // len(pairs)
     orders: set[Order] = set()
     blocks, biases = [], []
@@ -67,9 +68,6 @@ def assemble(path: str, out_features: int, in_features: int, parts: Parts) -> Fa
         if order == "swapped":
             pair = _Pair(_as_down(pair.up), _as_up(pair.down), pair.up_bias, pair.down_bias)
         u, v = _canonical(pair.down, "hri"), _canonical(pair.up, "hor")
-        if u.dtype != v.dtype:
-            wider = torch.promote_types(u.dtype, v.dtype)
-            u, v = u.to(wider), v.to(wider)
         blocks.append((u, v))
         biases.append(_bias(path, rows, pair, v))
     _check_blocks(path, out_features, in_features, pairs, blocks)
@@ -81,7 +79,7 @@ def assemble(path: str, out_features: int, in_features: int, parts: Parts) -> Fa
 # ---- pairs --------------------------------------------------------------------------------------
 
 
-def _pairs(path: str, parts: Parts) -> list[_Pair]:
+def _pairs(path: str, out_features: int, parts: Parts) -> list[_Pair]:
     """Downs and ups by block; one down for several ups is cut into theirs."""
     downs, ups = parts.by_role["down"], parts.by_role["up"]
     for role, mine, other in (("up", ups, downs), ("down", downs, ups)):
@@ -94,11 +92,30 @@ def _pairs(path: str, parts: Parts) -> list[_Pair]:
         apart = set(downs) ^ set(ups)
         alone = [p.name for found in (downs, ups) for k, p in found.items() if k in apart]
         raise CheckpointError(f"{path}: {', '.join(alone)} has no counterpart factor")
-    by_role = parts.by_role
-    return [
-        _Pair(downs[k], ups[k], by_role["down_bias"].get(k), by_role["up_bias"].get(k))
-        for k in sorted(ups, key=_block_order)
-    ]
+    order = sorted(ups, key=_block_order)
+    ranks = [downs[k].tensor.shape[:1].numel() for k in order]
+    rows = [out_features // len(order)] * len(order)
+    down_biases = _biases_by_block(path, parts, "down_bias", order, ranks)
+    up_biases = _biases_by_block(path, parts, "up_bias", order, rows)
+    return [_Pair(downs[k], ups[k], down_biases.get(k), up_biases.get(k)) for k in order]
+
+
+def _biases_by_block(
+    path: str, parts: Parts, role: Role, order: list[str], sizes: list[int]
+) -> Mapping[str, Part]:
+    """The biases of each block; one of the whole linear is cut into theirs, of ``sizes``."""
+    biases = parts.by_role[role]
+    if not set(biases) - set(order):
+        return biases
+    if set(biases) != {""}:
+        raise CheckpointError(f"{path}: {_told([*biases.values()])} are for the same or no block")
+    whole = biases[""]
+    if whole.tensor.numel() != sum(sizes):
+        raise CheckpointError(
+            f"{path}: {whole.name} is {_shape(whole)}, expected {sum(sizes)} values"
+        )
+    cut = whole.tensor.flatten().split(sizes)
+    return {k: Part(whole.name, values, whole.axes) for k, values in zip(order, cut, strict=True)}
 
 
 def _block_order(block: str) -> tuple[int, str]:
@@ -157,10 +174,8 @@ def _as_up(part: Part) -> Part:
 
 def _canonical(part: Part, order: str) -> Tensor:
     """The tensor with its axes in ``order``, those that it has; axes of size 1 are dropped."""
+    _check_dtype(part)
     tensor, axes = part.tensor, part.axes
-    if not tensor.is_floating_point():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{part.name} is {dtype}, expected floating-point values")
     while axes.startswith("1"):
         axes = axes[1:]
         if tensor.dim() > len(axes) and tensor.shape[0] == 1:
@@ -169,6 +184,12 @@ def _canonical(part: Part, order: str) -> Tensor:
         names = ", ".join({"h": "heads", "r": "rank", "i": "in", "o": "out"}[a] for a in axes)
         raise CheckpointError(f"{part.name} is {_shape(part)}, expected [{names}]")
     return tensor.permute([axes.index(axis) for axis in order if axis in axes])
+
+
+def _check_dtype(part: Part) -> None:
+    if part.tensor.dtype not in DTYPES:
+        dtype = str(part.tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{part.name} is {dtype}, expected floating-point values")
 
 
 def _check_blocks(
@@ -210,11 +231,14 @@ def _joined(blocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _bias(path: str, rows: int, pair: _Pair, v: Tensor) -> Tensor | None:
-    """What the block adds to its rows, [rows] or None: b + V b_down, in float64 where both count.
+    """What the block adds to its rows, [rows] or None: b + V b_down, float64 where it is computed.
 
     A bias of the layer's size on the down factor can only be the layer's own.
     """
     up, down = pair.up_bias, pair.down_bias
+    for part in (up, down):
+        if part is not None:
+            _check_dtype(part)
     if down is not None and up is None and down.tensor.numel() == rows != v.shape[-1]:
         up, down = down, None
     if up is not None and up.tensor.numel() != rows:
@@ -225,7 +249,7 @@ def _bias(path: str, rows: int, pair: _Pair, v: Tensor) -> Tensor | None:
     if v.dim() != 2 or down.tensor.shape != (v.shape[1],):
         raise CheckpointError(f"{path}: {down.name} is {_shape(down)}, expected [{v.shape[-1]}]")
     lifted = v.double() @ down.tensor.double()
-    return (lifted if own is None else lifted + own.double()).to(down.tensor.dtype)
+    return lifted if own is None else lifted + own.double()
 
 
 def _joined_bias(path: str, biases: list[Tensor | None]) -> Tensor | None:
