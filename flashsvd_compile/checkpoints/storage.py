@@ -21,7 +21,10 @@ from torch import Tensor
 from flashsvd_compile.checkpoints.errors import CheckpointError, listed, optional_module
 from flashsvd_compile.checkpoints.replacing import interrupted
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEXES = {
+    ".safetensors": "model.safetensors.index.json",
+    ".bin": "pytorch_model.bin.index.json",
+}
 _PICKLES = (".bin", ".pt", ".pth")
 # What trainers leave beside the weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
@@ -102,22 +105,39 @@ def _files_of(path: Path) -> dict[Path, list[str]]:
     if not path.is_dir():
         is_index = path.name.endswith(".index.json")
         return _indexed(path) if is_index else {path: []}
-    for name in _INDEXES:
-        if (path / name).exists():
-            return _indexed(path / name)
     by_suffix = {
         suffix: sorted(
             file for file in path.glob(f"*{suffix}") if not _NO_WEIGHTS.fullmatch(file.name)
         )
         for suffix in (".safetensors", *_PICKLES)
     }
-    found = next((files for files in by_suffix.values() if files), [])
+    found: list[Path] = []
+    for suffix, files in by_suffix.items():
+        index = path / _INDEXES.get(suffix, "")
+        # Repositories have one model in both kinds of files, and often one kind is not fetched.
+        if index.is_file() and (files or not any(by_suffix.values())):
+            return _indexed_alone(index, files)
+        if files:
+            found = files
+            break
     found += [f for f in by_suffix[".pt"] if _LAYER_FILE.fullmatch(f.name) and f not in found]
     if not found:
         raise CheckpointError(
             f"{path} holds no weights: expected .safetensors, or {', '.join(_PICKLES)}"
         )
     return {file: [] for file in found}
+
+
+def _indexed_alone(index: Path, files: list[Path]) -> dict[Path, list[str]]:
+    """As `_indexed`; raises where ``files`` has a whole model, too: one of the two is stale."""
+    shards = _indexed(index)
+    whole = index.parent / index.name.removesuffix(".index.json")
+    if whole in files and whole not in shards:
+        raise CheckpointError(
+            f"{index.parent} holds {whole.name} and {index.name}, which names other files; pass "
+            "the path of the one to read"
+        )
+    return shards
 
 
 def _indexed(index: Path) -> dict[Path, list[str]]:
@@ -170,7 +190,7 @@ def _cut_tensor(file: Path) -> str:
         try:
             header = json.loads(opened.read(length))
             ends = sorted((x["data_offsets"][1], k) for k, x in header.items() if k[:2] != "__")
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return ""
     cut = [name for end, name in ends if end > size - 8 - length]
     return f": it ends within or before {listed(cut)}" if cut else ""
@@ -203,9 +223,15 @@ def _only_tensors(file: Path, found: Any) -> dict[str, Tensor]:
             found = found[name]
     others = _names_of_others(found.items())
     if others:
-        raise CheckpointError(f"{file}: {listed(others)} should be tensors, as all other entries")
+        raise CheckpointError(
+            f"{file}: {listed(others)} should be dense tensors, as all other entries"
+        )
     return dict(found)
 
 
 def _names_of_others(items: Iterable[tuple[Any, Any]]) -> list[str]:
-    return [str(k) for k, v in items if not isinstance(k, str) or not isinstance(v, Tensor)]
+    return [str(k) for k, v in items if not isinstance(k, str) or not _is_dense(v)]
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
