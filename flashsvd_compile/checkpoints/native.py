@@ -79,7 +79,8 @@ def _is_alike(module: nn.Module, made: nn.Module) -> bool:
     """Whether the config makes just this, as far as its own tensors tell."""
 
     def shapes(m: nn.Module) -> dict[str, Any]:
-        return {k: None if p is None else p.shape for k, p in m._parameters.items()}
+        stored = {k: b for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set}
+        return {k: None if t is None else t.shape for k, t in (m._parameters | stored).items()}
 
     return type(module) is type(made) and shapes(module) == shapes(made)
 
@@ -103,7 +104,7 @@ def rebuild_(model: nn.Module, config: Mapping[str, Any]) -> None:
             f"allowed are 1 to {VERSION}; a newer flashsvd_compile may read it"
         )
     linears = {path: linear for linear in find_linears(model) for path in linear.paths}
-    for path, entry in block.get("modules", {}).items():
+    for path, entry in _objects(block, "modules", dict).items():
         if path not in linears:
             raise CheckpointError(
                 f"config.json: {path} is no linear of the model{nearest(path, linears)}"
@@ -111,9 +112,20 @@ def rebuild_(model: nn.Module, config: Mapping[str, Any]) -> None:
         replace_(model, [path], _module(path, entry, linears[path].module))
 
 
+def _objects(block: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
+    """What the block has under ``name``, with values of ``kind``; empty where it has nothing."""
+    found = block.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(x, kind) for x in found.values()):
+        raise CheckpointError(
+            f"config.json: {name} of the flashsvd block must be an object with values of type "
+            f"{kind.__name__}, got {found!r:.80}"
+        )
+    return found
+
+
 def _module(path: str, entry: Mapping[str, Any], linear: Any) -> Any:
-    kind = entry.get("kind")
-    if kind not in _KINDS:
+    kind, bias = entry.get("kind"), entry.get("bias")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise CheckpointError(
             f"config.json: {path} has kind {kind!r}, allowed are {', '.join(_KINDS)}"
             f"{nearest(str(kind), _KINDS)}"
@@ -125,9 +137,11 @@ def _module(path: str, entry: Mapping[str, Any], linear: Any) -> Any:
         sizes.insert(0, out_features)
     if any(type(size) is not int for size in sizes):
         raise CheckpointError(f"config.json: {path} needs whole numbers for {', '.join(names)}")
+    if not isinstance(bias, bool):
+        raise CheckpointError(f"config.json: {path}: bias must be true or false, got {bias!r}")
     try:
         with torch.device("meta"):
-            module: Any = cls(in_features, *sizes, bias=bool(entry.get("bias")))
+            module: Any = cls(in_features, *sizes, bias=bias)
     except ValueError as error:
         raise CheckpointError(f"config.json: {path}: {error}") from error
     if getattr(module, "out_features", None) != out_features:
@@ -147,7 +161,7 @@ def _sizes(linear: Any) -> tuple[int, int]:
 
 def with_tied(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """``tensors`` with the names that the block says are tied to stored ones."""
-    tied = config["flashsvd"].get("tied", {})
+    tied = _objects(config["flashsvd"], "tied", str)
     lacking = [kept for kept in tied.values() if kept not in tensors]
     if lacking:
         raise CheckpointError(f"no tensors for {listed(lacking)}, to which others are tied")

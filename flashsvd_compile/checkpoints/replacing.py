@@ -1,5 +1,6 @@
 """A directory that is written whole or not at all."""
 
+import glob
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
     old = directory.parent / f".{directory.name}.{mark}.old"
     new.mkdir()
     try:
+        if directory.exists():
+            shutil.copymode(directory, new)
         yield new
         for kept in directory.iterdir() if directory.exists() else ():
             if not is_written(kept.name):
@@ -37,8 +40,8 @@ def interrupted(directory: Path) -> Path | None:
     """Where the contents of ``directory`` are, if a process was killed while it replaced it."""
     if directory.exists():
         return None
-    found = sorted(directory.parent.glob(f".{directory.name}.*.old"))
-    return found[-1] if found else None
+    found = directory.parent.glob(f".{glob.escape(directory.name)}.*.old")
+    return max(found, key=lambda old: old.stat().st_ctime, default=None)
 
 
 def _copy(kept: Path, to: Path) -> None:

@@ -35,7 +35,8 @@ def save_pretrained(
 
     Raises `TypeError` for a model that is none of transformers', `CheckpointError` for one with
     modules that the format cannot say or weights on the meta device, `FileExistsError` for a
-    directory with other contents, `ImportError` where a package is not installed.
+    directory with other contents, `ValueError` for the working directory, one above it and a mount
+    point, which cannot be renamed, `ImportError` where a package is not installed.
     """
     transformers = optional_module("transformers")
     if not isinstance(model, transformers.PreTrainedModel):
@@ -64,6 +65,11 @@ def _check_target(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; pass a directory")
+    if directory.is_mount() or Path.cwd().is_relative_to(directory):
+        raise ValueError(
+            f"{directory} is a mount point, the working directory or above it; pass one below, "
+            "as the directory is replaced"
+        )
     if any(directory.iterdir()) and not native.is_native(read_json(directory / "config.json")):
         raise FileExistsError(
             f"{directory} holds other files; pass a new or empty directory, or one that "
