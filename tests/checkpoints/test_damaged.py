@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_truncated_safetensors(share, written):
         fsc.load_checkpoint(file.parent)
 
 
+def test_a_header_that_is_none(written):
+    file = written() / "model.safetensors"
+    for header in (b"[]", b"[" * 100_000):
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        with pytest.raises(fsc.CheckpointError, match=r"model\.safetensors is damaged"):
+            fsc.load_checkpoint(file.parent)
+
+
 def test_truncated_pickle(written, tmp_path):
     file = tmp_path / "weights.pt"
     torch.save(written.tensors, file)
@@ -84,6 +93,15 @@ def _set(name, *shape):
         (
             lambda t: t.update({f"{UP}.BLinear.weight": torch.zeros(5, 24, dtype=torch.int8)}),
             r"BLinear\.weight is int8, expected floating-point",
+        ),
+        (_set(f"{UP}.BLinear.weight"), r"BLinear\.weight \[\].* must be matrices"),
+        (
+            lambda t: t.update({f"{UP}.ALinear.bias": torch.zeros(40, dtype=torch.int64)}),
+            r"ALinear\.bias is int64, expected floating-point",
+        ),
+        (
+            lambda t: t.update({f"{UP}.BLinear.weight": torch.ones(5, 24).to(torch.float8_e5m2)}),
+            r"BLinear\.weight is float8_e5m2, expected floating-point",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),
@@ -222,6 +240,23 @@ def test_shards_that_are_missing_or_lack_a_tensor(written, tmp_path):
         fsc.load_checkpoint(tmp_path)
 
 
+def test_an_index_of_files_that_were_not_fetched(written):
+    directory = written()
+    index = {"weight_map": dict.fromkeys(written.tensors, "pytorch_model-00001-of-00001.bin")}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_same_logits(fsc.load_checkpoint(directory), written.dense)
+
+
+def test_a_whole_file_beside_an_index_of_others(written, tmp_path):
+    _sharded(written, tmp_path)
+    save_file({k: v.contiguous() for k, v in written.tensors.items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    with pytest.raises(fsc.CheckpointError, match=r"holds model\.safetensors and model\..*index"):
+        fsc.load_checkpoint(tmp_path)
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        assert_same_logits(fsc.load_checkpoint(tmp_path / file), written.dense)
+
+
 # ---- pickles ------------------------------------------------------------------------------------
 
 
@@ -268,10 +303,48 @@ def test_state_dicts_below_a_name(written, tmp_path):
     torch.save({"state_dict": written.tensors, "epoch": 3}, file)
     assert_same_logits(fsc.load_checkpoint(file, base=written.dense), written.dense)
     torch.save(written.tensors | {"epoch": 3}, file)
-    with pytest.raises(fsc.CheckpointError, match="epoch should be tensors"):
+    with pytest.raises(fsc.CheckpointError, match="epoch should be dense tensors"):
         fsc.load_checkpoint(file, base=written.dense)
     torch.save(written.tensors, file, _use_new_zipfile_serialization=False)
     assert_same_logits(fsc.load_checkpoint(file, base=written.dense), written.dense)
+
+
+def test_tensors_without_values_of_their_own(written, tmp_path):
+    file, name = tmp_path / "weights.pt", f"{UP}.BLinear.weight"
+    for tensor in (written.tensors[name].to_sparse(), written.tensors[name].to("meta")):
+        torch.save(written.tensors | {name: tensor}, file)
+        with pytest.raises(fsc.CheckpointError, match=r"BLinear\.weight should be dense"):
+            fsc.load_checkpoint(file, base=written.dense)
+
+
+# ---- code that a config names -------------------------------------------------------------------
+
+
+def test_code_beside_a_base_is_not_run_whoever_agrees(written, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
+    )
+    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnConfig: ...\n")
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match="custom code"):
+        fsc.load_checkpoint(written(), base=base)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_kernels_that_a_config_names_are_not_fetched(written):
+    directory = written()
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"attn_implementation": "someone/kernel", "experts_implementation": "someone/kernel"}
+    (directory / "config.json").write_text(json.dumps(config))
+    for base in (None, directory):
+        loaded = fsc.load_checkpoint(directory, base=base)
+        assert_same_logits(loaded, written.dense)
+        assert loaded.config._attn_implementation != "someone/kernel"
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def test_dobi_svds_8_bit_codes_are_refused(written):

@@ -14,8 +14,8 @@ from flashsvd_compile.compress.modules import (
     PerHeadLowRankLinear,
 )
 
-pytest.importorskip("transformers")
-from tests.checkpoints.written import (
+transformers = pytest.importorskip("transformers")
+from tests.checkpoints.written import (  # noqa: E402
     assert_same_logits,
     dense_model,
     layer_linears,
@@ -104,6 +104,41 @@ def test_a_bias_on_the_down_factor_is_lifted(tmp_path):
     with torch.no_grad():
         linear.bias += up @ on_down
     assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
+
+
+def test_a_bias_that_is_infinite_when_it_is_lifted_is_told(tmp_path):
+    dense = dense_model("opt")
+    path = "model.decoder.layers.0.fc1"
+    tensors = rest_of(dense, path) | {
+        f"{path}.BLinear.weight": torch.ones(5, 24), f"{path}.ALinear.weight": torch.ones(40, 5),
+        f"{path}.BLinear.bias": torch.full((5,), 6e4),
+    }  # fmt: skip
+    write(tmp_path, dense, {k: v.half() for k, v in tensors.items()})
+    with pytest.raises(fsc.CheckpointError, match=r"fc1 has values that are not finite"):
+        fsc.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("most", ["rest", "factors"])
+def test_computed_buffers_take_the_dtype_of_the_weights_not_the_configs(most, tmp_path):
+    """Gemma scales its embeddings by √24, a buffer, which bfloat16 would round."""
+    config = transformers.Gemma3TextConfig(
+        hidden_size=24, num_attention_heads=3, num_key_value_heads=1, head_dim=8, vocab_size=50,
+        num_hidden_layers=2, intermediate_size=40,
+    )  # fmt: skip
+    dense = transformers.Gemma3ForCausalLM(config).double().eval()
+    tensors = _factored(dense, NAMES["svdllm"])
+    if most == "factors":
+        is_factor = re.compile(r".*_[uv]_proj\.weight")
+        tensors = {k: v if is_factor.fullmatch(k) else v.float() for k, v in tensors.items()}
+    write(tmp_path, dense, tensors, dtype="bfloat16")
+    loaded = fsc.load_checkpoint(tmp_path)
+    scale, expected = loaded.model.embed_tokens.embed_scale, loaded.config.dtype
+    assert expected == (torch.float64 if most == "rest" else torch.float32)
+    assert scale.dtype == expected
+    assert scale == torch.tensor(24**0.5, dtype=expected)
+    fsc.save_pretrained(loaded.bfloat16(), tmp_path / "saved")
+    wider = fsc.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert wider.model.embed_tokens.embed_scale == torch.tensor(24**0.5, dtype=torch.float32)
 
 
 def test_factors_take_the_dtype_of_the_rest(tmp_path):
@@ -246,11 +281,39 @@ def test_bases_that_differ_are_not_shared_whatever_the_config_says(tmp_path):
     assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
 
 
+def test_bases_of_another_dtype_stay_shared(tmp_path):
+    dense = dense_model("llama")
+    tensors = {k: v.half() if "_basis" in k else v.float() for k, v in _shared(dense).items()}
+    write(tmp_path, dense, tensors)
+    first, second = fsc.load_checkpoint(tmp_path).model.layers
+    assert first.mlp.up_proj.u is second.mlp.up_proj.u
+    assert first.mlp.up_proj.u.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "model.q_basis.1.weight",
+            r"layers\.1\..*q_basis\.weight and .*q_basis\.1\.weight .* differ",
+        ),
+        ("model.q_basis.2.weight", r"no place for model\.q_basis\.2\.weight"),
+    ],
+)
+def test_bases_by_layer_that_are_others(name, message, tmp_path):
+    dense = dense_model("llama")
+    tensors = {k: v.clone() for k, v in _shared(dense).items()}
+    write(tmp_path, dense, tensors | {name: torch.ones(5, 24, dtype=torch.float64)})
+    with pytest.raises(fsc.CheckpointError, match=message):
+        fsc.load_checkpoint(tmp_path)
+
+
 # ---- Palu ---------------------------------------------------------------------------------------
 
 
 def _grouped(ranks):
-    """Keys and values of an OPT with a head a group, in groups of these ranks."""
+    """Keys and values of an OPT in groups of these ranks: 24 features, as many for each."""
+    size = 24 // len(ranks)
     dense = dense_model("opt")
     paths = [p for p in layer_linears(dense) if p.endswith(("k_proj", "v_proj"))]
     tensors = rest_of(dense, *paths, biases=False)
@@ -260,15 +323,15 @@ def _grouped(ranks):
         tensors[f"{path}.VT.weight"] = down
         products = []
         for g, (rows, r) in enumerate(zip(down.split(ranks), ranks, strict=True)):
-            up = torch.randn(8, r, dtype=torch.float64)
+            up = torch.randn(size, r, dtype=torch.float64)
             tensors[f"{path}.U.{g}.weight"] = up
-            tensors[f"{path}.U.{g}.bias"] = linear.bias[8 * g : 8 * g + 8].detach().clone()
+            tensors[f"{path}.U.{g}.bias"] = linear.bias[size * g :][:size].detach().clone()
             products.append(up @ rows)
         linear.weight.data.copy_(torch.cat(products))
     return dense, tensors
 
 
-@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 5, 3), (8, 1, 8)])
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 5, 3), (8, 1, 8), (1, 2) * 6])
 def test_groups_of_heads(ranks, tmp_path):
     dense, tensors = _grouped(ranks)
     write(tmp_path, dense, tensors)
@@ -276,8 +339,36 @@ def test_groups_of_heads(ranks, tmp_path):
     assert_same_logits(loaded, dense)
     module = loaded.model.decoder.layers[0].self_attn.k_proj
     assert isinstance(module, PerHeadLowRankLinear)
-    assert module.u.shape == (3, max(ranks), 24)
+    assert module.u.shape == (len(ranks), max(ranks), 24)
     assert module.method == "palu"
+
+
+@pytest.mark.parametrize("at", ["", "VT."])
+def test_one_bias_for_all_groups(at, tmp_path):
+    dense, tensors = _grouped((2, 5, 3))
+    path = "model.decoder.layers.0.self_attn.k_proj"
+    linear, count = dense.get_submodule(path), 10 if at else 24
+    bias = torch.randn(count, dtype=torch.float64)
+    if at:  # beside those of the groups, on the latents of all of them
+        ups = [tensors[f"{path}.U.{g}.weight"] for g in range(3)]
+        added = torch.block_diag(*ups) @ bias
+        linear.bias.data += added
+    else:
+        linear.bias.data.copy_(bias)
+        tensors = {k: v for k, v in tensors.items() if not re.fullmatch(rf"{path}\.U\..*bias", k)}
+    write(tmp_path, dense, tensors | {f"{path}.{at}bias": bias})
+    assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
+    write(tmp_path, dense, tensors | {f"{path}.{at}bias": bias[1:]})
+    with pytest.raises(fsc.CheckpointError, match=rf"bias is \[{count - 1}\], expected {count}"):
+        fsc.load_checkpoint(tmp_path)
+
+
+def test_a_bias_for_all_groups_and_one_for_each(tmp_path):
+    dense, tensors = _grouped((2, 5, 3))
+    bias = {"model.decoder.layers.0.self_attn.k_proj.bias": torch.zeros(24, dtype=torch.float64)}
+    write(tmp_path, dense, tensors | bias)
+    with pytest.raises(fsc.CheckpointError, match=r"U\.2\.bias.* are for the same or no block"):
+        fsc.load_checkpoint(tmp_path)
 
 
 def test_one_group_is_a_matrix_and_palus_model_type_is_known(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashsvd_compile as fsc
+from flashsvd_compile.checkpoints.replacing import interrupted
 from flashsvd_compile.compress.modules import (
     FusedPerHeadLowRankLinear,
     LowRankLinear,
@@ -226,6 +227,31 @@ def test_other_files_stay_and_old_shards_go(tmp_path):
     assert_same_logits(fsc.from_pretrained(tmp_path), model)
 
 
+def test_the_mode_of_the_directory_stays(tmp_path):
+    model, directory = compressed("bert"), tmp_path / "saved"
+    fsc.save_pretrained(model, directory)
+    directory.chmod(0o700)
+    fsc.save_pretrained(model, directory)
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    directory = tmp_path / "saved"
+    (directory / "below").mkdir(parents=True)
+    for place, target in ((directory, "."), (directory / "below", "..")):
+        monkeypatch.chdir(place)
+        with pytest.raises(ValueError, match="working directory"):
+            fsc.save_pretrained(compressed("bert"), target)
+    assert [f.name for f in directory.iterdir()] == ["below"]
+
+
+def test_where_an_interrupted_write_has_left_the_old_model(tmp_path):
+    for name in ("run[1]", "runs"):
+        (tmp_path / f".{name}.1234.old").mkdir()
+    assert interrupted(tmp_path / "run[1]") == tmp_path / ".run[1].1234.old"
+    assert interrupted(tmp_path / "run") is None
+
+
 def test_directories_of_others_are_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match="other files"):
@@ -304,6 +330,10 @@ def test_models_that_cannot_be_said(tmp_path):
     model.bert.pooler = nn.Sequential(nn.Linear(24, 3), nn.Linear(3, 24))
     with pytest.raises(fsc.CheckpointError, match=r"bert\.pooler is a Sequential"):
         fsc.save_pretrained(model, tmp_path / "saved")
+    model = compressed("bert")
+    model.bert.register_buffer("extra", torch.ones(3))
+    with pytest.raises(fsc.CheckpointError, match=r"bert is a BertModel, which neither"):
+        fsc.save_pretrained(model, tmp_path / "saved")
     with torch.device("meta"):
         model = type(model)(model.config)
     with pytest.raises(fsc.CheckpointError, match="on the meta device"):
@@ -329,6 +359,17 @@ def test_classes_of_ones_own_are_loaded_with_a_base(tmp_path):
         fsc.save_pretrained(model, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def compressed_bert():
+    return compressed("bert")
+
+
+@pytest.fixture
+def saved_bert(compressed_bert, tmp_path):
+    fsc.save_pretrained(compressed_bert, tmp_path)
+    return tmp_path
+
+
 def _changed(directory, change):
     config = json.loads((directory / "config.json").read_text())
     change(config["flashsvd"])
@@ -352,13 +393,34 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         (lambda b: b["modules"].update(bert={"kind": "matrix"}), r"bert is no linear"),
         (lambda b: b["modules"].pop(QUERY), r"no place for .*query\.u"),
         (lambda b: b.update(tied={"a": "b"}), r"no tensors for b"),
+        (lambda b: b.update(tied={"a": []}), r"tied of the flashsvd block must be an object"),
+        (lambda b: b.update(modules=[QUERY]), r"modules of the flashsvd block must be an object"),
+        (lambda b: b["modules"].update({QUERY: "per_head"}), r"modules of .* with values of type"),
+        (lambda b: b["modules"][QUERY].update(kind=[]), r"query has kind \[\]"),
+        (lambda b: b["modules"][QUERY].update(bias="false"), r"query: bias must be true or false"),
     ],
 )  # fmt: skip
-def test_blocks_that_do_not_fit(change, message, tmp_path):
-    fsc.save_pretrained(compressed("bert"), tmp_path)
-    _changed(tmp_path, change)
+def test_blocks_that_do_not_fit(change, message, saved_bert):
+    _changed(saved_bert, change)
     with pytest.raises(fsc.CheckpointError, match=message):
-        fsc.from_pretrained(tmp_path)
+        fsc.from_pretrained(saved_bert)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "a"}, "cannot make the model of .*hidden_size"),
+        ({"num_attention_heads": 5}, "cannot make the model of .*heads"),
+        ({"dtype": "no_dtype"}, "cannot make the model of .*no_dtype"),
+        ({"model_type": 5}, "model_type must be a string, got 5"),
+        ({"architectures": 5}, "architectures must be a list of names, got 5"),
+    ],
+)
+def test_configs_that_are_damaged(change, message, saved_bert):
+    file = saved_bert / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(fsc.CheckpointError, match=message):
+        fsc.from_pretrained(saved_bert)
 
 
 def test_other_directories(tmp_path):
