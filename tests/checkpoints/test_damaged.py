@@ -187,6 +187,31 @@ def test_shapes_that_leave_both_orders(format, told_by, written):
             fsc.load_checkpoint(directory, format=wrong)
 
 
+def test_letters_that_shapes_contradict_decide_nothing(written):
+    """One format has these names, but where shapes tell, its up factor is called the down one."""
+    path = "model.layers.0.self_attn.q"
+    square = torch.eye(24, dtype=torch.float64)
+    for name in (f"{UP}.BLinear.weight", f"{UP}.ALinear.weight", f"{path}_proj.weight"):
+        written.tensors.pop(name)
+    stem = UP.removesuffix("_proj")
+    change = {
+        f"{path}_v_proj.weight": square, f"{path}_u_proj.weight": square.clone(),
+        f"{stem}_v_proj.weight": torch.ones(40, 5), f"{stem}_u_proj.weight": torch.ones(5, 24),
+    }  # fmt: skip
+    with pytest.raises(fsc.CheckpointError, match=r"q_proj: .* in either order"):
+        fsc.load_checkpoint(written(lambda tensors: tensors.update(change)))
+
+
+def test_names_that_safetensors_keeps_in_its_metadata(written):
+    """Of tensors that share memory its `save_model` stores one."""
+    written.dense.lm_head.weight.data.copy_(written.dense.model.embed_tokens.weight)
+    directory = written(_pop("lm_head.weight"))
+    save_file({k: v.contiguous() for k, v in written.tensors.items()},
+              directory / "model.safetensors",
+              metadata={"lm_head.weight": "model.embed_tokens.weight"})  # fmt: skip
+    assert_same_logits(fsc.load_checkpoint(directory), written.dense)
+
+
 def test_a_dense_checkpoint_is_none(tmp_path):
     dense_model("llama").save_pretrained(tmp_path)
     with pytest.raises(fsc.CheckpointError, match="no factors found"):

@@ -106,6 +106,18 @@ def test_a_bias_on_the_down_factor_is_lifted(tmp_path):
     assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
 
 
+def test_the_layers_own_bias_on_the_down_factor(tmp_path):
+    dense = dense_model("opt")
+    path = "model.decoder.layers.0.fc1"
+    down, up = make_product_(dense.get_submodule(path), 5)
+    tensors = rest_of(dense, path, biases=False) | {
+        f"{path}.ALinear.weight": down, f"{path}.BLinear.weight": up,
+        f"{path}.ALinear.bias": dense.get_submodule(path).bias.detach().clone(),
+    }  # fmt: skip
+    write(tmp_path, dense, tensors)
+    assert_same_logits(fsc.load_checkpoint(tmp_path), dense)
+
+
 def test_a_bias_that_is_infinite_when_it_is_lifted_is_told(tmp_path):
     dense = dense_model("opt")
     path = "model.decoder.layers.0.fc1"
@@ -501,6 +513,7 @@ def test_tools_names_for_known_models(model_type, architecture, tmp_path):
           architectures=[architecture], auto_map={"AutoModel": "modeling.Other"})  # fmt: skip
     loaded = fsc.load_checkpoint(tmp_path)
     assert_same_logits(loaded, dense)
+    assert not hasattr(loaded.config, "auto_map")
     fsc.save_pretrained(loaded, tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["model_type"] == "llama"

@@ -124,6 +124,20 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_embeddings_that_the_config_ties_and_the_model_does_not(tmp_path):
+    model = compressed("llama_tied")
+    model.lm_head.weight = nn.Parameter(torch.randn(50, 24, dtype=torch.float64))
+    fsc.save_pretrained(model, tmp_path)
+    assert_same_logits(fsc.from_pretrained(tmp_path), model)
+
+
+def test_the_generation_config_comes_back(tmp_path):
+    model = compressed("llama")
+    model.generation_config.max_new_tokens = 7
+    fsc.save_pretrained(model, tmp_path)
+    assert fsc.from_pretrained(tmp_path).generation_config.max_new_tokens == 7
+
+
 def test_shared_factors_stay_shared(tmp_path):
     model = compressed("llama")
     first, second = (layer.mlp.up_proj for layer in model.model.layers)
