@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashsvd_compile.checkpoints.errors import CheckpointError as CheckpointError
+    from flashsvd_compile.checkpoints.load import from_pretrained as from_pretrained
+    from flashsvd_compile.checkpoints.load import load_checkpoint as load_checkpoint
+    from flashsvd_compile.checkpoints.save import save_pretrained as save_pretrained
     from flashsvd_compile.compress.compressing import compress_ as compress_
     from flashsvd_compile.compress.merge import merge_ as merge_
     from flashsvd_compile.explanation import Explanation as Explanation
@@ -24,14 +28,29 @@ __version__ = "0.1.0"
 # name -> the module that defines it
 _PUBLIC = {
     "BudgetError": "planner.budget",
+    "CheckpointError": "checkpoints.errors",
     "Explanation": "explanation",
     "Options": "options",
     "compress_": "compress.compressing",
     "explain": "explanation",
+    "from_pretrained": "checkpoints.load",
+    "load_checkpoint": "checkpoints.load",
     "merge_": "compress.merge",
+    "save_pretrained": "checkpoints.save",
 }
 
-__all__ = ["BudgetError", "Explanation", "Options", "compress_", "explain", "merge_"]
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "Explanation",
+    "Options",
+    "compress_",
+    "explain",
+    "from_pretrained",
+    "load_checkpoint",
+    "merge_",
+    "save_pretrained",
+]
 
 
 def _adopt_rooms(root: Path) -> None:

@@ -93,6 +93,7 @@ ARROWS = {
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
     "compress": ["compress", "options"],
+    "checkpoints": ["checkpoints", "compress"],
 }  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def compress_(
             continue
         u, v, lost = how.factors(path, one, rank)
         made = one.module(u, v, rank)
+        made.method = name
         after = parameter_bytes(made.u) + parameter_bytes(made.v)
         rows.append(CompressRow(path, one.kind, rank, size, after, one.error_of(made), "", lost))
         replacements.append((linear, made))

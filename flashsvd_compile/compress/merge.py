@@ -38,7 +38,7 @@ from flashsvd_compile.compress.report import MergeReport, MergeRow
 
 _KINDS = (LowRankLinear, PerHeadLowRankLinear, FusedPerHeadLowRankLinear)
 # What the layers of this package have and a linear has not.
-_OWN = {"rank", "num_parts", "num_heads", "head_dim"}
+_OWN = {"rank", "num_parts", "num_heads", "head_dim", "method"}
 _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -28,6 +28,7 @@ class _LowRank(nn.Module):
     """What the layers share: factors over any leading axes, their start values, ``weight``."""
 
     bias: nn.Parameter | None
+    method: str = "svd"  # who made the factors: this package's SVD, or a checkpoint's format
 
     def __init__(
         self,
