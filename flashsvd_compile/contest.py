@@ -106,6 +106,6 @@ def _reason(plan: Plan, name: str, runner_up: Reason | None, count: int) -> Reas
         return plan.reason
     node = plan.site.node
     if name == "unfused":
-        assert runner_up is not None
-        return reason_at(node, Code.NOT_PROFITABLE, runner_up.observed)
+        why = "no other lowering ran here" if runner_up is None else runner_up.observed
+        return reason_at(node, Code.NOT_PROFITABLE, why)
     return reason_at(node, Code.PLANNED, f"the fastest of {count} that were measured")

@@ -200,15 +200,19 @@ def test_near_ties_stay_as_planned(clock):
     assert {known for _, known in found.values()} == {"measured before"}
 
 
-def test_what_does_not_run_is_dropped(clock, monkeypatch, caplog):
+@pytest.mark.parametrize("when", ["compiled", "run"])
+def test_what_does_not_run_is_dropped(when, clock, monkeypatch, caplog):
     clock(rank_space=1.0, row_blocks=1.0)
-    inner, x = model(1), torch.randn(2, 37, HIDDEN)
+    inner, x = model(1), torch.randn(8, 512, HIDDEN)
+    assert lowerings(inner, x)["attention"] == ("rank_space", "predicted")
     measured = race._measured
 
     def failing(fragments, device, compiled):
         def picky(module, inputs):
             if "flashsvd" not in module.code:
                 return compiled(module, inputs)
+            if when == "compiled":
+                raise RuntimeError("out of resource")
 
             def fails(*_):
                 raise RuntimeError("out of resource")

@@ -91,13 +91,13 @@ def _measured(
         for name, fragment in fragments.items():
             _check_room(fragment)
             inputs = fragment.allocate()
-            run = partial(compiled(fragment.module, inputs), *inputs)
             try:
+                run = partial(compiled(fragment.module, inputs), *inputs)
                 results[name] = run()
                 runs[name] = captured(run) if device.type == "cuda" else run
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as problem:  # whatever a launch has to say
+            except Exception as problem:  # whatever a compiler or a launch has to say
                 log.info("%s does not run here: %s", name, problem)
         for name in list(runs):
             if not _agree(results[name], results.get("unfused", results[name])):
