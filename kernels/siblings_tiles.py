@@ -91,14 +91,19 @@ def default_tile(
     sram_bytes: int,
     generation: str = "",
 ) -> MatmulTile | None:
-    """The largest tile that fits the shared memory and fills the device; None if none fits."""
+    """The largest tile that fits the shared memory and fills the device; None if none fits.
+
+    Where none fills it, the deepest of those with the most programs: each of them then waits for
+    its loads alone.
+    """
     fitting = [
         tile
         for tile in _preferred(rows, element_bytes)
         if sram_bytes_of(tile, element_bytes, generation) <= sram_bytes
     ]
-    filling = [t for t in fitting if programs_of(t, rows, widths) >= FILLING_PROGRAMS]
-    return next(iter(filling or fitting[-1:]), None)
+    programs = {tile: programs_of(tile, rows, widths) for tile in fitting}
+    filling = [tile for tile in fitting if programs[tile] >= FILLING_PROGRAMS]
+    return filling[0] if filling else max(fitting, key=lambda tile: programs[tile], default=None)
 
 
 def _preferred(rows: int, element_bytes: int) -> tuple[MatmulTile, ...]:

@@ -170,7 +170,7 @@ def test_inductor_compiles_the_rewritten_graph(model, x, tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("failing", ["normalize", "find_sites", "plan_site", "_lower"])
+@pytest.mark.parametrize("failing", ["normalize", "find_sites", "plan_site", "Placement"])
 def test_a_failing_pass_leaves_the_graph_as_it_was(failing, compiler, model, x, caplog):
     broken = patch(f"flashsvd_compile.pipeline.{failing}", side_effect=ValueError("broken pass"))
     with broken, caplog.at_level(logging.WARNING, "flashsvd_compile"):
@@ -184,17 +184,17 @@ def test_a_failing_pass_leaves_the_graph_as_it_was(failing, compiler, model, x, 
 
 def test_a_failure_on_the_way_leaves_no_trace(model, x, caplog):
     """A pass that fails after others rewrote: what they wrote is thrown away as a whole."""
-    from flashsvd_compile import pipeline
+    from flashsvd_compile.placement import Placement
 
-    two, lower, lowered = nn.Sequential(model, FeedForward()), pipeline._lower, []
+    two, put, plans = nn.Sequential(model, FeedForward()), Placement.put, []
 
-    def fails_at_the_last_site(plan, facts):
-        lowered.append(plan)
-        if len(lowered) > 1:
+    def fails_at_the_last_site(placement, plan):
+        plans.append(plan)
+        if len(plans) > 1:
             raise ValueError("broken")
-        return lower(plan, facts)
+        return put(placement, plan)
 
-    with patch("flashsvd_compile.pipeline._lower", fails_at_the_last_site):
+    with patch.object(Placement, "put", fails_at_the_last_site):
         result = compiled(two)(x)
     assert torch.equal(result, two(x))
     assert len(_ours(caplog)) == 1
@@ -208,7 +208,7 @@ def test_an_error_in_the_rewritten_graph_is_not_silent(model, x):
                             activation="gelu", block_rows=0, tile=tile)  # fmt: skip
 
     with (
-        patch("flashsvd_compile.pipeline.lower_row_blocks", misuse),
+        patch("flashsvd_compile.placement.lower_row_blocks", misuse),
         pytest.raises(Exception, match=r"."),
     ):
         compiled(model)(x)

@@ -34,6 +34,13 @@ def test_few_rows_take_short_tiles_and_enough_of_them():
         assert programs_of(tile, 1, widths) >= FILLING_PROGRAMS
 
 
+def test_where_none_fills_the_device_the_deepest_of_the_smallest_is_taken():
+    tile = default_tile(rows=1, widths=(240,) * 3, element_bytes=2, sram_bytes=227 * KIB)
+    assert (tile.block_m, tile.block_n, tile.block_k) == (16, 16, 256)
+    tile = default_tile(rows=1, widths=(240,) * 3, element_bytes=2, sram_bytes=64 * KIB)
+    assert (tile.block_m, tile.block_n, tile.block_k) == (16, 16, 128)
+
+
 def test_many_rows_take_the_largest_tile():
     tile = default_tile(rows=16384, widths=(480,) * 3, element_bytes=2, sram_bytes=227 * KIB)
     assert tile == TILES[0]
