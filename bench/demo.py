@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pydoc_data.topics import topics
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -118,8 +119,12 @@ def compare(
 
 
 def embed(run: Callable, inputs: dict[str, Tensor]) -> Tensor:
+    return embedding(run(**inputs), inputs)
+
+
+def embedding(output: Any, inputs: Any) -> Tensor:
     """Unit vectors [sentences, hidden] as the model's card makes them: the mean over tokens."""
-    hidden = run(**inputs).last_hidden_state.double()
+    hidden = output.last_hidden_state.double()
     mask = inputs["attention_mask"].unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 

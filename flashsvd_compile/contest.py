@@ -48,9 +48,8 @@ class Contest:
             return plan
         most = MAX_TIMES_AS_LONG * plan.seconds
         near = [r.lowering for r in plan.rivals if r.seconds is not None and r.seconds <= most]
-        forced = (self.options.forcing(found.kind, name) for name in near)
-        others = [self.plan_of(found, options) for options in forced]
-        plans = {p.lowering: p for p in (plan, *others[: MAX_CONTENDERS - 1])}
+        forced = (self.options.forcing(found.kind, name) for name in near[: MAX_CONTENDERS - 1])
+        plans = {p.lowering: p for p in (plan, *(self.plan_of(found, o) for o in forced))}
         region = frozenset().union(*(p.region for p in plans.values()))
         targets = sorted(n for n in region if any(user not in region for user in n.users))
         fragments = {}

@@ -38,41 +38,37 @@ _LLAMA_WHOLE = {
 }  # fmt: skip
 
 
+def _linear(
+    target: str, down: str, up: str, bias: str, axes: tuple[str, str], block: str = ""
+) -> list[Rule]:
+    """The two factors and the bias of a linear, by the patterns of their names."""
+    at = (target,)
+    return [
+        Rule(down, at, "down", axes[0], block=block),
+        Rule(up, at, "up", axes[1], block=block),
+        Rule(bias, at, "up_bias", block=block),
+    ]
+
+
 def _bert_rules() -> list[Rule]:
     at = _AT["bert"]
     rules = []
     for x, linear in _BERT.items():
-        target = (f"encoder.layer.{{n}}.{linear}",)
-        rules += [
-            Rule(f"{at}P{x}", target, "down", "1hir"),
-            Rule(f"{at}V{x}", target, "up", "1hro"),
-            Rule(f"{at}b{x}", target, "up_bias"),
-        ]
+        target = f"encoder.layer.{{n}}.{linear}"
+        rules += _linear(target, f"{at}P{x}", f"{at}V{x}", f"{at}b{x}", ("1hir", "1hro"))
     for x, linear in _BERT_WHOLE.items():
-        target = (f"encoder.layer.{{n}}.{linear}",)
-        rules += [
-            Rule(f"{at}U{x}", target, "down", "ir"),
-            Rule(f"{at}V{x}", target, "up", "ro"),
-            Rule(f"{at}b{x}{'_attn' if x == 'o' else ''}", target, "up_bias"),
-        ]
+        target, bias = f"encoder.layer.{{n}}.{linear}", f"{at}b{x}{'_attn' if x == 'o' else ''}"
+        rules += _linear(target, f"{at}U{x}", f"{at}V{x}", bias, ("ir", "ro"))
     return rules
 
 
 def _gpt2_rules() -> list[Rule]:
     at = _AT["gpt2"]
-    target = ("h.{n}.attn.c_attn",)
-    rules = [
-        Rule(f"{at}(?P<x>[qkv])_U", target, "down", "ihr", block="{x}"),
-        Rule(f"{at}(?P<x>[qkv])_V", target, "up", "hro", block="{x}"),
-        Rule(f"{at}(?P<x>[qkv])_b", target, "up_bias", block="{x}"),
-    ]
-    for x, linear in _GPT2.items():
-        target = (f"h.{{n}}.{linear}",)
-        rules += [
-            Rule(f"{at}{x}_U", target, "down", "ir"),
-            Rule(f"{at}{x}_V", target, "up", "ro"),
-            Rule(f"{at}{x}_b", target, "up_bias"),
-        ]
+    x = f"{at}(?P<x>[qkv])"
+    rules = _linear("h.{n}.attn.c_attn", f"{x}_U", f"{x}_V", f"{x}_b", ("ihr", "hro"), block="{x}")
+    for name, linear in _GPT2.items():
+        x = f"{at}{name}"
+        rules += _linear(f"h.{{n}}.{linear}", f"{x}_U", f"{x}_V", f"{x}_b", ("ir", "ro"))
     return rules
 
 

@@ -52,7 +52,7 @@ def spectrum_of(
     ``inputs``: H [n, n], or its diagonal [n]; ``outputs``: G [.., m, m]; the identity where None.
     """
     whole = weight.double()
-    root_in = None if inputs is None else _root(inputs, inputs.dim() == 1)
+    root_in = None if inputs is None else _root(inputs)
     root_out = None if outputs is None else _root(outputs)
     scaled = whole if root_in is None else whole @ root_in
     scaled = scaled if root_out is None else root_out.mT @ scaled
@@ -64,9 +64,10 @@ def spectrum_of(
     return Spectrum(left, sigma, right)
 
 
-def _root(moment: Tensor, is_diagonal: bool = False) -> Tensor:
-    """L with L Lᵀ the damped moment; a moment of zeros tells nothing, and is the identity."""
-    moment = torch.diag_embed(moment.double()) if is_diagonal else moment.double()
+def _root(moment: Tensor) -> Tensor:
+    """L with L Lᵀ the damped moment, which may be a diagonal; a moment of zeros tells nothing, and
+    is the identity."""
+    moment = torch.diag(moment.double()) if moment.dim() == 1 else moment.double()
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     damped = (moment + moment.mT) / 2 + DAMPING * mean * eye
