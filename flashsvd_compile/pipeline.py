@@ -25,8 +25,8 @@ from flashsvd_compile.factoring.records import Factoring
 from flashsvd_compile.fingerprint import fingerprint
 from flashsvd_compile.lowering.einsum import split_einsums
 from flashsvd_compile.lowering.in_place import free_in_place
-from flashsvd_compile.lowering.residual_sums import write_residual_sums
 from flashsvd_compile.lowering.strides import settle_strides
+from flashsvd_compile.lowering.written_once import write_once
 from flashsvd_compile.memory.liveness import MemoryProfile, walk
 from flashsvd_compile.memory.peak import Peak, peak_of
 from flashsvd_compile.memory.timeline import Timelines, steps_of
@@ -242,7 +242,7 @@ def _rewrite(
         replaced |= merged
     settle_strides(module.graph, replaced, facts.mutated)
     if replaced and not torch.is_grad_enabled():
-        write_residual_sums(module.graph, facts.mutated)
+        write_once(module.graph, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()
     module.recompile()

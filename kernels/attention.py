@@ -20,10 +20,10 @@ from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
     KERNEL_DTYPES,
     Described,
+    absent_operand,
     is_describable,
     is_empty,
     is_multiple,
-    is_traced,
     launch,
     row_alignment,
 )
@@ -105,14 +105,13 @@ def rank_space_attention(
     tiles = triton.cdiv(shape.queries, tile.block_m)
     grid = (tiles, num_heads * batches, triton.cdiv(shape.batch, batches))
     optional = (of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, mask)
-    # An absent operand has strides of 0 and is never read. A compiler would compute q anew for each
-    # that q stood in for, unless q lies in memory anyway.
-    absent = q.new_empty(1) if is_traced(q) else q
+    # An absent operand has strides of 0 and is never read.
+    absent = absent_operand(q)
     operands = (
         q, k, v,
         *(absent if x is None else x for x in optional),
         out,
-        *((_described(x, tile) for x in (k, v)) if tile.is_described else (k, v)),
+        *((_described(x, tile) for x in (k, v)) if tile.is_described else (absent, absent)),
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),

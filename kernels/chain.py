@@ -28,6 +28,7 @@ from flashsvd_compile.kernels.outer_products import latent_tile, lift_and_store
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
+    absent_operand,
     is_empty,
     launch,
     pointer_and_strides,
@@ -80,12 +81,13 @@ def streamed_chain(
         tile = _default_tile(of)
     if is_empty(out):
         return out
+    absent = absent_operand(x)
     operands = (
-        *pointer_and_strides(x, x, 2),
-        *pointer_and_strides(of.u, x, 2),
-        *pointer_and_strides(of.v, x, 2),
-        *pointer_and_strides(of.latent_bias, x, 1),
-        *pointer_and_strides(of.bias, x, 1),
+        *pointer_and_strides(x, absent, 2),
+        *pointer_and_strides(of.u, absent, 2),
+        *pointer_and_strides(of.v, absent, 2),
+        *pointer_and_strides(of.latent_bias, absent, 1),
+        *pointer_and_strides(of.bias, absent, 1),
         out,
         of.rows,
     )

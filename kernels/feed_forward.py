@@ -37,6 +37,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import (
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
+    absent_operand,
     is_empty,
     launch,
     pointer_and_strides,
@@ -108,15 +109,16 @@ def streamed_feed_forward(
         return out
     tile = _tile_that_fits(tile, of)
 
+    absent = absent_operand(up)
     operands = (
-        *pointer_and_strides(up, up, 2),
-        *pointer_and_strides(of.up_factor, up, 2),
-        *pointer_and_strides(of.up_bias, up, 1),
-        *pointer_and_strides(of.gate, up, 2),
-        *pointer_and_strides(of.gate_factor, up, 2),
-        *pointer_and_strides(of.gate_bias, up, 1),
-        *pointer_and_strides(of.down_factor, up, 2),
-        *pointer_and_strides(of.down_bias, up, 1),
+        *pointer_and_strides(up, absent, 2),
+        *pointer_and_strides(of.up_factor, absent, 2),
+        *pointer_and_strides(of.up_bias, absent, 1),
+        *pointer_and_strides(of.gate, absent, 2),
+        *pointer_and_strides(of.gate_factor, absent, 2),
+        *pointer_and_strides(of.gate_bias, absent, 1),
+        *pointer_and_strides(of.down_factor, absent, 2),
+        *pointer_and_strides(of.down_bias, absent, 1),
         out,
         of.rows,
     )

@@ -36,6 +36,7 @@ from flashsvd_compile.kernels.outer_products import latent_tile, latent_tiles, l
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
+    absent_operand,
     is_empty,
     launch,
     pointer_and_strides,
@@ -134,21 +135,22 @@ def streamed_whole_feed_forward(
     if is_empty(out):
         return out
 
+    absent = absent_operand(x)
     operands = (
-        *pointer_and_strides(x, x, 2),
-        *pointer_and_strides(of.up_u, x, 2),
-        *pointer_and_strides(of.up_latent_bias, x, 1),
-        *pointer_and_strides(of.up_v, x, 2),
-        *pointer_and_strides(of.up_bias, x, 1),
-        *pointer_and_strides(of.gate_x, x, 2),
-        *pointer_and_strides(of.gate_u, x, 2),
-        *pointer_and_strides(of.gate_latent_bias, x, 1),
-        *pointer_and_strides(of.gate_v, x, 2),
-        *pointer_and_strides(of.gate_bias, x, 1),
-        *pointer_and_strides(of.down_u, x, 2),
-        *pointer_and_strides(of.down_latent_bias, x, 1),
-        *pointer_and_strides(of.down_v, x, 2),
-        *pointer_and_strides(of.down_bias, x, 1),
+        *pointer_and_strides(x, absent, 2),
+        *pointer_and_strides(of.up_u, absent, 2),
+        *pointer_and_strides(of.up_latent_bias, absent, 1),
+        *pointer_and_strides(of.up_v, absent, 2),
+        *pointer_and_strides(of.up_bias, absent, 1),
+        *pointer_and_strides(of.gate_x, absent, 2),
+        *pointer_and_strides(of.gate_u, absent, 2),
+        *pointer_and_strides(of.gate_latent_bias, absent, 1),
+        *pointer_and_strides(of.gate_v, absent, 2),
+        *pointer_and_strides(of.gate_bias, absent, 1),
+        *pointer_and_strides(of.down_u, absent, 2),
+        *pointer_and_strides(of.down_latent_bias, absent, 1),
+        *pointer_and_strides(of.down_v, absent, 2),
+        *pointer_and_strides(of.down_bias, absent, 1),
         out,
         of.rows,
     )

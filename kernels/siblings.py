@@ -27,6 +27,7 @@ from flashsvd_compile.kernels.devices import generation_of, sram_bytes_of_device
 from flashsvd_compile.kernels.primitives import (
     INTERPRETED_SRAM_BYTES,
     KERNEL_DTYPES,
+    absent_operand,
     dot,
     is_empty,
     is_multiple,
@@ -197,12 +198,19 @@ def sibling_linears(of: SiblingOperands, *, tile: MatmulTile | None = None) -> l
         **_numbered("STRIDE_K", [weight.stride(1) for weight in of.weights], 0),
         **_numbered("B", [0 if b is None else b.shape[0] for b in biases], 0),
     }
+    absent = absent_operand(x)
     launch(
         sibling_linears_kernel,
         (triton.cdiv(of.rows, tile.block_m) * begins[-1],),
         tile,
-        # Siblings and biases that are not there are passed as x; the kernel never reads them.
-        (x, *_filled(of.weights, x), *_filled(biases, x), *_filled(outs, x), *x.stride(), of.rows),
+        (
+            x,
+            *_filled(of.weights, absent),
+            *_filled(biases, absent),
+            *_filled(outs, absent),
+            *x.stride(),
+            of.rows,
+        ),
         **constants,
         K=of.in_features,
         COUNT=count,

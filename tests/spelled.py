@@ -58,6 +58,25 @@ def low_rank(inputs: int, outputs: int, rank: int = RANK, bias: bool = True) -> 
     return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
 
 
+class NormReaders(nn.Module):
+    """``count`` feed-forwards and ``library`` linears of one norm of x [.., 32]."""
+
+    def __init__(self, count: int, library: int = 0, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = norm or nn.LayerNorm(32)
+        self.ups = nn.ModuleList(low_rank(32, 64) for _ in range(count))
+        self.downs = nn.ModuleList(low_rank(64, 32) for _ in range(count))
+        self.linears = nn.ModuleList(nn.Linear(32, 8) for _ in range(library))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        normed = self.norm(x)
+        fed = [
+            down(nn.functional.gelu(up(normed)))
+            for up, down in zip(self.ups, self.downs, strict=True)
+        ]
+        return [*fed, *(linear(normed) for linear in self.linears)]
+
+
 # ---- the check ----------------------------------------------------------------------------------
 
 

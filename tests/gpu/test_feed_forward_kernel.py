@@ -1,7 +1,5 @@
 """The streamed feed-forward compiled for a GPU: real tiles, real roundings, real address widths."""
 
-import math
-
 import pytest
 import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
@@ -14,6 +12,8 @@ from flashsvd_compile.kernels.feed_forward_tiles import sram_bytes_of
 from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_WIDE
 from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
+
+from tests.rounding import assert_as_exact_as_eager, longest_sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,14 +55,7 @@ def random_operands(rows, rank, intermediate, rank_down, dtype, rank_gate=None, 
     return operands
 
 
-def assert_streamed_is_right(operands, activation, slack=1.1, **launch):
-    """No further from float64 than ``slack`` × the unfused eager expression, plus two roundings.
-
-    Where the output has few columns, what F float32 terms make when they are summed one after
-    another is allowed too, √(F / 24) roundings in the mean: libraries split such sums, and over few
-    columns errors do not average out. Seen over 30 draws at F 333: ours 2.2 roundings in the mean,
-    eager 0.8 to 1.2, but 4.9 at worst with a down rank of 2 and 2.8 with one of 64.
-    """
+def assert_streamed_is_right(operands, activation, slack=None, **launch):
     up = operands["up"]
     out = up.new_full((up.shape[0], operands["down_factor"].shape[0]), float("nan"))
     result = streamed_feed_forward(
@@ -70,15 +63,14 @@ def assert_streamed_is_right(operands, activation, slack=1.1, **launch):
     )
     assert result is out
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_feed_forward(FeedForwardOperands(**double, activation=activation))
-    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation=activation))
-    roundings = 2 * torch.finfo(up.dtype).eps
-    rank_down, intermediate_size = operands["down_factor"].shape
-    if rank_down < 16:
-        roundings += math.sqrt(intermediate_size / 24) * torch.finfo(torch.float32).eps
-    budget = slack * (eager - exact).norm() + roundings * exact.norm()
-    error = (out - exact).norm()
-    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    assert_as_exact_as_eager(
+        out,
+        eager=unfused_feed_forward(FeedForwardOperands(**operands, activation=activation)),
+        exact=unfused_feed_forward(FeedForwardOperands(**double, activation=activation)),
+        bias=operands.get("down_bias"),
+        longest=longest_sum(operands),
+        slack=slack,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

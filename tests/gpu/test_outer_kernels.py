@@ -1,7 +1,7 @@
 """Feed-forwards streamed whole and chains, compiled for a GPU: tiles, roundings, addresses."""
 
 import copy
-import math
+import re
 
 import pytest
 import torch
@@ -28,6 +28,8 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from flashsvd_compile import explain
+from tests.rounding import assert_as_exact_as_eager, longest_sum
+from tests.spelled import NormReaders
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,26 +87,18 @@ def chain_operands(rows, hidden, rank, out, dtype, biases=True):
     return operands
 
 
-def assert_right(launch, plain, record, operands, slack=1.1, **how):
-    """No further from float64 than ``slack`` × the unfused eager expression, plus two roundings.
-
-    Of the output and of the bias added to it, which may cancel. What the longest sum of float32
-    terms makes when they are summed one after another is allowed, too: libraries split such sums.
-    """
+def assert_right(launch, plain, record, operands, slack=None, **how):
     of = record(**operands)
     out = of.x.new_full((of.rows, of.out_size), float("nan"))
     assert launch(of, out=out, **how) is out
-    exact = plain(record(**{name: double(operand) for name, operand in operands.items()}))
-    rounded = exact.norm()
-    bias = operands.get("down_bias", operands.get("bias"))
-    if bias is not None:
-        rounded = rounded + bias.double().expand_as(exact).norm()
-    longest = max(max(x.shape) for name, x in operands.items() if name.endswith(("u", "v")))
-    roundings = 2 * torch.finfo(of.x.dtype).eps
-    roundings += math.sqrt(longest / 24) * torch.finfo(torch.float32).eps
-    budget = slack * (plain(of) - exact).norm() + roundings * rounded
-    error = (out - exact).norm()
-    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    assert_as_exact_as_eager(
+        out,
+        eager=plain(of),
+        exact=plain(record(**{name: double(operand) for name, operand in operands.items()})),
+        bias=operands.get("down_bias", operands.get("bias")),
+        longest=longest_sum(operands),
+        slack=slack,
+    )
 
 
 def double(operand):
@@ -341,6 +335,21 @@ def test_inductor_writes_the_launches_itself():
     assert "whole_feed_forward_kernel" in code
     assert "chain_kernel" in code
     assert "torch.ops.flashsvd" not in code
+
+
+@pytest.mark.parametrize(("count", "library"), [(1, 0), (2, 0), (1, 1)])
+@torch.no_grad()
+def test_what_launches_read_is_written_once(count, library):
+    """However many arguments it is, or stands in for: absent biases and gates are arguments too."""
+    torch._dynamo.reset()
+    model = NormReaders(count, library).cuda().bfloat16()
+    x = normal(4, 300, 32, dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend="flashsvd", options=FORCED)
+    results, (code,) = run_and_get_code(lambda: compiled(x))
+    assert code.count("whole_feed_forward_kernel_0.run(") == count
+    assert re.findall(r"native_layer_norm.*?'num_store': (\d+)", code) == ["1"]
+    for result, expected in zip(results, model(x), strict=True):
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

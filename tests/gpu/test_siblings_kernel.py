@@ -10,6 +10,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import flashsvd_compile as fsc
+from tests.rounding import assert_as_exact_as_eager
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,22 +44,13 @@ def operands(rows, features, widths, dtype, biased=(), transposed=()):
     return SiblingOperands(normal(rows, features), tuple(weights), tuple(biases))
 
 
-def assert_right(of, slack=1.1, **how):
-    """Each no further from float64 than ``slack`` × its library matmul, plus two roundings.
-
-    In float32 as well what K terms make when they are summed one after another, √(K / 24) roundings
-    in the mean: libraries split such sums.
-    """
+def assert_right(of, slack=None, **how):
     biases = tuple(None if b is None else b.double() for b in of.biases)
     doubled = SiblingOperands(of.x.double(), tuple(w.double() for w in of.weights), biases)
     outs = sibling_linears(of, **how)
-    expected = zip(separate_linears(of), separate_linears(doubled), strict=True)
-    for out, (eager, exact) in zip(outs, expected, strict=True):
-        roundings = max(2, (of.in_features / 24) ** 0.5 if out.dtype == torch.float32 else 0)
-        budget = slack * (eager - exact).norm()
-        budget += roundings * torch.finfo(out.dtype).eps * exact.norm()
-        error = (out - exact).norm()
-        assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    expected = zip(separate_linears(of), separate_linears(doubled), of.biases, strict=True)
+    for out, (eager, exact, bias) in zip(outs, expected, strict=True):
+        assert_as_exact_as_eager(out, eager, exact, bias=bias, longest=of.in_features, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,6 +7,8 @@ from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
 from flashsvd_compile.kernels.chain_tiles import ChainTile
 from flashsvd_compile.kernels.primitives import INTERPRETED
 
+from tests.rounding import assert_as_exact_as_eager
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL_TILE = ChainTile(16, 16, 4, 2, block_k=16, columns=32)
@@ -29,21 +31,15 @@ def random_operands(rows, hidden, rank, out, dtype=torch.float32, biases=True):
 
 
 def assert_right(operands, tile=SMALL_TILE):
-    """No further from float64 than 1.1 × the unfused eager expression, plus two roundings."""
     of = ChainOperands(**operands)
     out = of.x.new_full((of.rows, of.out_size), float("nan"))
     assert streamed_chain(of, out=out, tile=tile) is out
-    exact = unfused_chain(ChainOperands(**{name: x.double() for name, x in operands.items()}))
-    # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: four times the variance a
-    # rounding has, and one-sided.
-    slack = 4 if INTERPRETED and of.x.dtype == torch.bfloat16 else 1.1
-    rounded = exact.norm()
-    if of.bias is not None:
-        rounded = rounded + of.bias.double().expand_as(exact).norm()
-    budget = slack * (unfused_chain(of) - exact).norm()
-    budget += 2 * torch.finfo(of.x.dtype).eps * rounded
-    error = (out - exact).norm()
-    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    assert_as_exact_as_eager(
+        out,
+        eager=unfused_chain(of),
+        exact=unfused_chain(ChainOperands(**{name: x.double() for name, x in operands.items()})),
+        bias=of.bias,
+    )
 
 
 @needs_interpreter

@@ -14,6 +14,8 @@ from flashsvd_compile.kernels.primitives import INTERPRETED
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.rounding import EAGER_ERROR, assert_as_exact_as_eager
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL_TILE = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2)
@@ -60,27 +62,17 @@ IMPLEMENTATIONS = [
 
 
 def assert_right(implementation, operands, activation, **how):
-    """No further from float64 than 1.1 × the unfused eager expression, plus two roundings.
-
-    Of the output and of the bias added to it: where they cancel, the output is small and what was
-    rounded before is not.
-    """
     up = operands["up"]
     out = up.new_full((up.shape[0], operands["down_factor"].shape[0]), float("nan"))
     assert implementation(operands, activation, out, **how) is out
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_feed_forward(FeedForwardOperands(**double, activation=activation))
-    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation=activation))
-    # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: four times the variance a
-    # rounding has, and one-sided.
-    cut = INTERPRETED and implementation is streamed and up.dtype == torch.bfloat16
-    slack = 4 if cut else 1.1
-    rounded = exact.norm()
-    if "down_bias" in double:
-        rounded = rounded + double["down_bias"].expand_as(exact).norm()
-    budget = slack * (eager - exact).norm() + 2 * torch.finfo(up.dtype).eps * rounded
-    error = (out - exact).norm()
-    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    assert_as_exact_as_eager(
+        out,
+        eager=unfused_feed_forward(FeedForwardOperands(**operands, activation=activation)),
+        exact=unfused_feed_forward(FeedForwardOperands(**double, activation=activation)),
+        bias=operands.get("down_bias"),
+        slack=None if implementation is streamed else EAGER_ERROR,
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -9,6 +9,8 @@ from flashsvd_compile.kernels.feed_forward_whole_reference import unfused_whole_
 from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
 from flashsvd_compile.kernels.primitives import INTERPRETED
 
+from tests.rounding import assert_as_exact_as_eager
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL_TILE = WholeTile(16, 32, 4, 2, block_k=16, block_o=16)
@@ -58,22 +60,16 @@ def random_operands(
 
 
 def assert_right(operands, activation="gelu", tile=SMALL_TILE):
-    """No further from float64 than 1.1 × the unfused eager expression, plus two roundings."""
     of = WholeFeedForwardOperands(**operands, activation=activation)
     out = of.x.new_full((of.rows, of.out_size), float("nan"))
     assert streamed_whole_feed_forward(of, out=out, tile=tile) is out
     double = {name: operand.double() for name, operand in operands.items()}
-    exact = unfused_whole_feed_forward(WholeFeedForwardOperands(**double, activation=activation))
-    eager = unfused_whole_feed_forward(of)
-    # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: four times the variance a
-    # rounding has, and one-sided.
-    slack = 4 if INTERPRETED and of.x.dtype == torch.bfloat16 else 1.1
-    rounded = exact.norm()
-    if "down_bias" in double:
-        rounded = rounded + double["down_bias"].expand_as(exact).norm()
-    budget = slack * (eager - exact).norm() + 2 * torch.finfo(of.x.dtype).eps * rounded
-    error = (out - exact).norm()
-    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+    assert_as_exact_as_eager(
+        out,
+        eager=unfused_whole_feed_forward(of),
+        exact=unfused_whole_feed_forward(WholeFeedForwardOperands(**double, activation=activation)),
+        bias=of.down_bias,
+    )
 
 
 @needs_interpreter

@@ -7,6 +7,8 @@ from flashsvd_compile.kernels.siblings import sibling_linears
 from flashsvd_compile.kernels.siblings_operands import SiblingOperands, separate_linears
 from flashsvd_compile.kernels.siblings_tiles import MAX_SIBLINGS, MatmulTile
 
+from tests.rounding import assert_as_exact_as_eager
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL_TILE = MatmulTile(16, 16, 4, 2, block_k=32)
@@ -48,16 +50,11 @@ def doubled(of):
 
 
 def assert_right(of, tile=SMALL_TILE):
-    """Each no further from float64 than 1.1 × its library matmul, plus two roundings."""
     outs = sibling_linears(of, tile=tile)
-    # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: see the feed-forward's.
-    slack = 4 if INTERPRETED and of.x.dtype == torch.bfloat16 else 1.1
-    expected = zip(separate_linears(of), separate_linears(doubled(of)), strict=True)
-    for out, (eager, exact) in zip(outs, expected, strict=True):
+    expected = zip(separate_linears(of), separate_linears(doubled(of)), of.biases, strict=True)
+    for out, (eager, exact, bias) in zip(outs, expected, strict=True):
         assert (out.shape, out.dtype, out.is_contiguous()) == (eager.shape, eager.dtype, True)
-        budget = slack * (eager - exact).norm() + 2 * torch.finfo(out.dtype).eps * exact.norm()
-        error = (out - exact).norm()
-        assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+        assert_as_exact_as_eager(out, eager, exact, bias=bias)
 
 
 @needs_interpreter

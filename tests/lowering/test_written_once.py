@@ -1,4 +1,4 @@
-"""Residual sums of a rewritten graph lie in memory once; everything else stays as it was."""
+"""What several read lies in memory once; everything else of a rewritten graph stays as it was."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 import flashsvd_compile as fsc
 from bench.measure import peak_transient_bytes
-from tests.spelled import low_rank
+from tests.spelled import NormReaders, low_rank
 
 OPTIONS = {"feed_forward": "row_blocks", "chain": "unfused", "siblings": "unfused"}
 WIDTH, ROWS = 48, 300
@@ -118,3 +118,55 @@ def test_a_sum_written_in_place_is_right():
     compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
     for ours, plain in zip(compiled(x), model(x), strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+WHOLE = OPTIONS | {"feed_forward": "streamed_whole"}  # reads x itself; on GPUs alone
+
+
+def whole_on_h100(model, *inputs) -> str:
+    """The graph that a GPU would get; nothing runs on one."""
+    (graph,) = fsc.explain(model, *inputs, options=WHOLE, device="h100").graphs
+    assert graph.after.count("streamed_whole_feed_forward.default(") == len(model.ups)
+    return graph.after
+
+
+@pytest.mark.parametrize(("count", "library"), [(2, 0), (1, 1), (3, 2)])
+def test_what_several_read_as_views_is_written_once(count, library):
+    after = whole_on_h100(NormReaders(count, library), torch.randn(3, 100, 32))
+    assert after.count("aten.as_strided.default(layer_norm,") == after.count("as_strided.") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (NormReaders(1), torch.randn(3, 100, 32)),
+        (NormReaders(2), torch.randn(300, 32)),  # read as it is: Inductor writes it once
+        (NormReaders(2, norm=nn.Identity()), torch.randn(3, 100, 32)),  # lies in memory
+    ],
+    ids=["one reader", "no views", "an input"],
+)
+def test_what_is_not_copied_stays_a_formula(model, x):
+    assert "as_strided" not in whole_on_h100(model, x)
+
+
+@pytest.mark.parametrize("of", [lambda x: x[1:4], lambda x: x.view(-1)[5:29].view(3, 8)])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: torch.zeros_like(x) + x,
+        lambda x: x * 1,
+        lambda x: x.contiguous(),
+        lambda x: nn.functional.dropout(x, 0.0, False),
+    ],
+    ids=["sum", "product", "contiguous", "dropout"],
+)
+def test_a_compiler_that_drops_the_operator_before_keeps_the_place(of, made):
+    """Where ``made`` does nothing, `as_strided` meets a view that begins behind its memory."""
+
+    def model(x):
+        y = made(of(x))
+        z = torch.as_strided(y, y.shape, y.stride())
+        return z @ z.t()
+
+    for x in (torch.randn(6, 8), torch.randn(100)[20:68].view(6, 8)):
+        torch.testing.assert_close(torch.compile(model)(x), model(x))
