@@ -11,6 +11,7 @@ same low-rank model by no more than 1.1 times what eager errs.
 import argparse
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
+import flashsvd_compile as fsc
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
 from bench.targets import Target, print_verdicts, verdicts
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
@@ -188,6 +190,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "ms": times,
         "peak_bytes": peaks,
         "error": errors,
+        "lowerings": lowerings_of(low_rank, inputs),
         "gate": errors["ours"] <= GATE * errors["low-rank eager"],
         "verdicts": print_verdicts(verdicts(targets, times, peaks)),
     }
@@ -209,6 +212,12 @@ def errors_of(
         for name, call in calls.items()
         if not name.startswith("dense")
     }
+
+
+def lowerings_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """How many sites of each kind run how."""
+    sites = fsc.explain(model, **inputs).sites
+    return Counter(f"{site.kind}: {site.lowering}" for site in sites if site.lowering)
 
 
 def parse_args() -> argparse.Namespace:
