@@ -214,7 +214,7 @@ def errors_of(
     }
 
 
-def lowerings_of(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+def lowerings_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
     """How many sites of each kind run how."""
     sites = fsc.explain(model, **inputs).sites
     return Counter(f"{site.kind}: {site.lowering}" for site in sites if site.lowering)

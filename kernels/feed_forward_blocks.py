@@ -11,11 +11,10 @@ that is one pass that rounds once (``activation_pass.py``). Each operator rounds
 unfused. Ranks that a GPU's library GEMMs are slow at are padded. No autograd.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.devices import multiprocessors_of_device
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
@@ -50,11 +49,11 @@ GEMM_TILE = 128
 GPU_WAVES = 2
 GPU_WAVES_AT_ONCE = 4
 
-# Library GEMMs on a GPU want every extent to be a multiple of 16 bytes: on an H100 80GB HBM3
-# (torch 2.11.0, bfloat16, 2026-11-26) one of 2816 × 14336 took 0.60 ms at rank 1490, 0.18 at 1496,
-# and copying a factor 0.07. At 1024 rows that made no difference, from 2048 on it paid.
+# Library GEMMs on a GPU want every extent to be a multiple of 16 bytes, and so does the kernel that
+# lifts at once: on an H100 80GB HBM3 (torch 2.11.0, bfloat16, 2026-11-26) a GEMM of 2816 × 14336
+# took 0.60 ms at rank 1490, 0.18 at 1496, and copying a factor 0.07. At 1024 rows that made no
+# difference, from 2048 on it paid.
 ALIGNED_BYTES = 16
-ALIGNED_FROM_ROWS = 2048
 
 
 @torch.no_grad()
@@ -81,24 +80,29 @@ def row_blocks_feed_forward(
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, is {block_rows}")
 
-    aligned = _alignment(of)
-    up_factor = _padded(of.up_factor, columns=aligned)
-    gate_factor = None if of.gate_factor is None else _padded(of.gate_factor, columns=aligned)
-    down_factor, down_bias = _padded(of.down_factor, rows=aligned), of.down_bias
+    up_factor, up_rows = _aligned(of.up, of.up_factor, block_rows)
+    gate_factor, gate_rows = None, None
+    if gate is not None and of.gate_factor is not None:
+        gate_factor, gate_rows = _aligned(gate, of.gate_factor, block_rows)
+    rank_down = padded_rank(of.rank_down, of.up.element_size(), of.up.is_cuda)
+    down_factor, down_bias = _padded(of.down_factor, 0, rank_down), of.down_bias
     if down_bias is not None:
-        down_bias = _padded(down_bias[:, None], rows=aligned)[:, 0]
+        down_bias = _padded(down_bias, 0, rank_down)
+
     buffer_rows = min(block_rows, rows)
     up_buffer = of.up.new_empty(buffer_rows, of.intermediate_size)
-    lift_at_once = None if tile is None else _lift_at_once(of, tile, aligned)
+    factors = [factor for factor in (up_factor, gate_factor) if factor is not None]
+    lift_at_once = None if tile is None else _lift_at_once(of, factors, tile)
     has_gate_buffer = gate is not None and lift_at_once is None
     gate_buffer = torch.empty_like(up_buffer) if has_gate_buffer else None
     is_padded = down_factor is not of.down_factor
-    latent_buffer = of.up.new_empty(buffer_rows, down_factor.shape[0]) if is_padded else None
+    latent_buffer = of.up.new_empty(buffer_rows, rank_down) if is_padded else None
     for start in range(0, rows, block_rows):
         stop = min(start + block_rows, rows)
-        hidden, up_rows = up_buffer[: stop - start], _padded(of.up[start:stop], columns=aligned)
-        gate_rows = None if gate is None else _padded(gate[start:stop], columns=aligned)
-        lifts = (up_rows, up_factor, of.up_bias, gate_rows, gate_factor, of.gate_bias)
+        hidden = up_buffer[: stop - start]
+        up_block = up_rows(start, stop)
+        gate_block = None if gate_rows is None else gate_rows(start, stop)
+        lifts = (up_block, up_factor, of.up_bias, gate_block, gate_factor, of.gate_bias)
         if lift_at_once is not None:
             lift_at_once(hidden, *lifts, of.activation)
         else:
@@ -111,6 +115,28 @@ def row_blocks_feed_forward(
             _linear_into(latent, hidden, down_factor, down_bias)
             out[start:stop] = latent[:, : of.rank_down]
     return out
+
+
+def held_elements(
+    *,
+    lift_ranks: Sequence[int],
+    rank_down: int,
+    width: int,
+    element_bytes: int,
+    on_gpu: bool,
+    at_once: bool,
+) -> tuple[int, int]:
+    """What is held beside operands and output: elements for each row of a block, and for all."""
+    padded = {rank: padded_rank(rank, element_bytes, on_gpu) for rank in (*lift_ranks, rank_down)}
+    copied = [padded[rank] for rank in (*lift_ranks, rank_down) if padded[rank] != rank]
+    buffers = 1 if at_once else len(lift_ranks)
+    return buffers * width + sum(copied), sum(copied) * width
+
+
+def padded_rank(rank: int, element_bytes: int, on_gpu: bool) -> int:
+    """What a rank is padded to, in copies of factors and of a block of latents."""
+    multiple = ALIGNED_BYTES // element_bytes if on_gpu else 1
+    return -(-rank // multiple) * multiple
 
 
 def default_block_rows(*, rank_down: int, multiprocessors: int, at_once: bool = False) -> int:
@@ -132,28 +158,49 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _alignment(of: FeedForwardOperands) -> int:
-    """What the ranks are padded to a multiple of, in copies of the factors."""
-    is_long = of.up.is_cuda and of.rows >= ALIGNED_FROM_ROWS
-    return ALIGNED_BYTES // of.up.element_size() if is_long else 1
+def _aligned(
+    latent: Tensor, factor: Tensor, block_rows: int
+) -> tuple[Tensor, Callable[[int, int], Tensor]]:
+    """The factor, its rank padded, and what gives rows of the latent that fit it."""
+    rank = padded_rank(latent.shape[1], latent.element_size(), latent.is_cuda)
+    padded = _padded(factor, 1, rank)
+    if padded is factor:
+        return factor, lambda start, stop: latent[start:stop]
+    buffer = latent.new_zeros(min(block_rows, latent.shape[0]), rank)
+
+    def rows(start: int, stop: int) -> Tensor:
+        buffer[: stop - start, : latent.shape[1]] = latent[start:stop]
+        return buffer[: stop - start]
+
+    return padded, rows
 
 
-def _padded(x: Tensor, *, rows: int = 1, columns: int = 1) -> Tensor:
-    """``x``, or a copy with rows and columns of zeros up to multiples of those."""
-    missing = (-x.shape[0] % rows, -x.shape[1] % columns)
-    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+def _padded(x: Tensor, dim: int, extent: int) -> Tensor:
+    """``x``, or a copy with zeros up to ``extent`` along ``dim``."""
+    if x.shape[dim] == extent:
+        return x
+    shape = list(x.shape)
+    shape[dim] = extent
+    padded = x.new_zeros(shape)
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return padded
 
 
 def _lift_at_once(
-    of: FeedForwardOperands, tile: TileConfig, aligned: int
+    of: FeedForwardOperands, factors: Sequence[Tensor], tile: TileConfig
 ) -> Callable[..., Tensor] | None:
-    """The kernel that does, if it takes the operands; ranks become multiples of ``aligned``."""
+    """The kernel that does, if it takes the latents and ``factors``; blocks of latents whose rank
+    was padded it takes."""
     from flashsvd_compile.kernels.lifted_activation import lift_and_activate
     from flashsvd_compile.kernels.primitives import is_describable
 
-    latents = [x for x in (of.up, of.up_factor, of.gate, of.gate_factor) if x is not None]
+    latents = [
+        latent
+        for latent, factor in zip((of.up, of.gate), factors, strict=False)
+        if latent is not None and latent.shape[1] == factor.shape[1]
+    ]
     biases = [x for x in (of.up_bias, of.gate_bias) if x is not None]
-    is_taken = all(x.shape[1] % aligned or is_describable(x) for x in latents)
+    is_taken = all(map(is_describable, (*latents, *factors)))
     is_taken = is_taken and all(bias.is_contiguous() for bias in biases)
     return partial(lift_and_activate, tile=tile) if is_taken else None
 

@@ -14,6 +14,7 @@ from torch import fx
 from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import arguments, aten, packet, value
 from flashsvd_compile.memory.buffers import Buffer, find_buffers
+from flashsvd_compile.memory.convolution import convolution_scratch_bytes
 from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
 from flashsvd_compile.memory.view import GraphView
 
@@ -125,7 +126,9 @@ def _scratch(view: GraphView, node: fx.Node) -> Size:
     """What the operator takes for itself while it runs."""
     if node in view.lowered:
         return view.lowered[node].scratch_bytes
-    if not _is_library_attention(view, node) or value(node).device.type != "cpu":
+    if not _is_library_attention(view, node):
+        return convolution_scratch_bytes(node)
+    if value(node).device.type != "cpu":
         return sympy.S.Zero
     named = arguments(node)
     query, key, val = (shape_of(value(named[name])) for name in ("query", "key", "value"))

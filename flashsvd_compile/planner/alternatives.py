@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import sympy
-
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.outer_factors import attention_entries
@@ -22,7 +20,11 @@ from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.attention import plan_attention
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.feed_forward import feed_forward_seconds, plan_feed_forward
+from flashsvd_compile.planner.feed_forward import (
+    feed_forward_seconds,
+    in_blocks_of,
+    plan_feed_forward,
+)
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.reason import Code, reason_at
 
@@ -87,7 +89,7 @@ def _feed_forward(
 ) -> Iterator[Alternative]:
     site = plan.site
     assert isinstance(site, FeedForwardSite)
-    tokens, fastest = volume(site.tokens), feed_forward_seconds(plan, device, sizes)
+    fastest = feed_forward_seconds(plan, device, sizes)
 
     def alternative(planned: Plan, why: str) -> Alternative:
         seconds = feed_forward_seconds(planned, device, sizes)
@@ -102,12 +104,9 @@ def _feed_forward(
             if plan.lowering != name:
                 yield alternative(other, f"{name} holds less")
             continue
-        held = other.transient_bytes / sympy.Min(other.block_rows, tokens)
         for rows in (other.block_rows, *_halves(other.block_rows, LEAST_BLOCK_ROWS)):
-            held_by_rows = held * sympy.Min(rows, tokens)
-            planned = replace(other, block_rows=rows, transient_bytes=held_by_rows)
             if (plan.lowering, plan.block_rows) != (name, rows):
-                yield alternative(planned, f"blocks of {rows} rows")
+                yield alternative(in_blocks_of(rows, other, device), f"blocks of {rows} rows")
 
 
 def _group(arm: Arm, heads: int) -> int:

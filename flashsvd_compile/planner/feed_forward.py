@@ -161,12 +161,11 @@ def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> 
 
 
 def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
-    width, element = int(volume(site.width)), site.dtype.itemsize
     arms = [site.up] if site.gate is None else [site.up, site.gate]
     ranks = [arm.rank_size for arm in arms]
     tile = lifted_activation_tiles.default_tile(
         ranks,
-        element_bytes=element,
+        element_bytes=site.dtype.itemsize,
         generation=device.generation,
         sram_bytes=(sram := sram_limit(device, options)),
     )
@@ -175,10 +174,25 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
         multiprocessors=device.multiprocessors,
         at_once=tile is not None,
     )
-    buffers = len(arms) if tile is None else 1
-    held = sympy.Min(rows, volume(site.tokens)) * width * element * buffers
     reason = reason_at(site.node, Code.PLANNED, f"blocks of {rows} rows")
     tiling = None
     if tile is not None:
         tiling = only_tile(tile, lifted_activation_tiles.sram_bytes_of(tile, ranks), sram)
-    return Plan(site, "row_blocks", reason, held, tiling=tiling, block_rows=rows)
+    return in_blocks_of(rows, Plan(site, "row_blocks", reason, tiling=tiling), device)
+
+
+def in_blocks_of(rows: int, plan: Plan, device: Device) -> Plan:
+    """A plan of ``row_blocks`` with as many rows a block."""
+    site = plan.site
+    assert isinstance(site, FeedForwardSite)
+    arms = [site.up] if site.gate is None else [site.up, site.gate]
+    by_row, always = feed_forward_blocks.held_elements(
+        lift_ranks=[arm.rank_size for arm in arms],
+        rank_down=int(volume(site.out)),
+        width=int(volume(site.width)),
+        element_bytes=site.dtype.itemsize,
+        on_gpu=device.type == "cuda",
+        at_once=plan.tiling is not None,
+    )
+    held = sympy.Min(rows, volume(site.tokens)) * by_row + always
+    return replace(plan, block_rows=rows, transient_bytes=held * site.dtype.itemsize)

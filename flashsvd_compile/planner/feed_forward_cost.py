@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from flashsvd_compile.kernels.feed_forward_blocks import CPU_FASTEST_FROM_BLOCKS
+from flashsvd_compile.kernels.feed_forward_blocks import CPU_FASTEST_FROM_BLOCKS, padded_rank
 from flashsvd_compile.kernels.feed_forward_tiles import MAX_RESIDENT_RANK, rank_padded
 from flashsvd_compile.kernels.feed_forward_whole_tiles import WholeTile
 from flashsvd_compile.kernels.shared_memory import WARPGROUP_ROWS
@@ -72,7 +72,8 @@ def row_blocks_seconds(
     else:
         block = _lifted(of, device, rows, tile)
         block += matmul(device, rows, of.rank_down, of.width, of.element_bytes)
-    return _outer(of, device) + device.efficiency.operator_s + count * block
+    padding = _padding(of, device, of.width) + count * _padding(of, device, rows)
+    return _outer(of, device) + device.efficiency.operator_s + padding + count * block
 
 
 def streamed_seconds(of: FeedForwardShape, device: Device, tile: TileConfig) -> float:
@@ -109,6 +110,17 @@ def _by_library(of: FeedForwardShape, device: Device, rows: float) -> float:
         activated = 0  # blocks stay in the last cache
     down = matmul(device, rows, of.rank_down, of.width, of.element_bytes)
     return lifts + elementwise(device, activated) + down
+
+
+def _padding(of: FeedForwardShape, device: Device, rows: float) -> float:
+    """Copying ``rows`` rows of every latent or factor whose rank library matmuls are slow at."""
+    on_gpu = device.type == "cuda"
+    padded = [padded_rank(rank, of.element_bytes, on_gpu) for rank in of.ranks]
+    return sum(
+        elementwise(device, rows * (rank + wide) * of.element_bytes)
+        for rank, wide in zip(of.ranks, padded, strict=True)
+        if rank != wide
+    )
 
 
 def _lifted(of: FeedForwardShape, device: Device, rows: float, tile: TileConfig) -> float:

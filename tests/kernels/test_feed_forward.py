@@ -1,7 +1,10 @@
 """The three low-rank feed-forwards: against float64, on awkward sizes, and what they refuse."""
 
+from functools import partial
+
 import pytest
 import torch
+from flashsvd_compile.kernels import feed_forward_blocks
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.feed_forward import streamed_feed_forward
 from flashsvd_compile.kernels.feed_forward_blocks import (
@@ -124,6 +127,18 @@ def test_any_strides(implementation):
 def test_row_blocks_of_any_size(block_rows):
     operands = random_operands(21, 8, 40, 12, torch.float32, rank_gate=16)
     assert_right(row_blocks, operands, "quick_gelu", block_rows=block_rows)
+
+
+@pytest.mark.parametrize("rank_gate", [None, 7, 16], ids=["plain", "gated", "gate fits"])
+def test_row_blocks_pad_ranks(monkeypatch, rank_gate):
+    """As on a GPU, of which library matmuls want multiples of 16 bytes."""
+    assert [feed_forward_blocks.padded_rank(n, 4, True) for n in (0, 1, 4, 9)] == [0, 4, 4, 12]
+    as_on_gpu = partial(feed_forward_blocks.padded_rank, on_gpu=True)
+    monkeypatch.setattr(
+        feed_forward_blocks, "padded_rank", lambda rank, size, _: as_on_gpu(rank, size)
+    )
+    operands = random_operands(21, 9, 40, 11, torch.float32, rank_gate)
+    assert_right(row_blocks, operands, "gelu", block_rows=8)
 
 
 @pytest.mark.parametrize("rank_gate", [None, 8], ids=["plain", "gated"])

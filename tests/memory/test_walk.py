@@ -91,3 +91,25 @@ def test_peaks_are_those_of_the_allocator(shape, options):
     compiled = torch.compile(model, backend="flashsvd", options=options)
     measured = peak_transient_bytes(lambda: compiled(x), "cpu")
     assert found.total_bytes == pytest.approx(measured, rel=0.05)
+
+
+def patches(batch, dtype=torch.bfloat16, device="h100", groups=1, place="meta"):
+    """MiB that ViT-B/16's patch embedding holds, and something that reads it."""
+    with torch.device(place):
+        conv = nn.Conv2d(3, 768, 16, 16, groups=groups, dtype=dtype)
+        x = torch.empty(batch, 3, 224, 224, dtype=dtype)
+    run = nn.Sequential(conv, nn.Flatten(2), nn.Linear(196, 8, dtype=dtype, device=place))
+    return fsc.explain(run, x, device=device).peaks[0].transient_bytes / 2**20
+
+
+@pytest.mark.parametrize(("batch", "mib"), [(8, 14.84), (128, 174.9)])
+def test_convolutions_on_a_gpu_hold_copies(batch, mib):
+    """As an H100 did: see ``memory/convolution.py``."""
+    assert patches(batch) == pytest.approx(mib, rel=0.01)
+
+
+def test_other_convolutions_hold_what_they_read_and_write():
+    result = 8 * 768 * 196 / 2**20
+    assert patches(8, torch.float32) == pytest.approx(result * 4, rel=0.1)
+    assert patches(8, groups=3) == pytest.approx(result * 2, rel=0.1)
+    assert patches(8, device=None, place="cpu") == pytest.approx(result * 2, rel=0.1)
