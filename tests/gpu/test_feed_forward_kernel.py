@@ -1,5 +1,7 @@
 """The streamed feed-forward compiled for a GPU: real tiles, real roundings, real address widths."""
 
+from functools import partial
+
 import pytest
 import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
@@ -16,6 +18,7 @@ from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_W
 from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
 
+from flashsvd_compile.memory.measured import measured_peak
 from tests.rounding import assert_as_exact_as_eager, longest_sum
 
 pytestmark = [
@@ -182,10 +185,9 @@ def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype, tile):
     of = FeedForwardOperands(**operands, activation="silu")
     eager = unfused_feed_forward(of)
     out = torch.full_like(eager, float("nan"))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    assert row_blocks_feed_forward(of, out=out, block_rows=512, tile=tile) is out
-    held = torch.cuda.max_memory_allocated() - before
+    run = partial(row_blocks_feed_forward, of, out=out, block_rows=512, tile=tile)
+    assert run() is out
+    held = measured_peak(run).total_bytes
     exact = unfused_feed_forward(FeedForwardOperands(**double, activation="silu"))
     assert_as_exact_as_eager(out, eager, exact, bias=of.down_bias)
     by_row, always = held_elements(
