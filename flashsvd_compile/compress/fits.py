@@ -72,3 +72,16 @@ def _root(moment: Tensor) -> Tensor:
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     damped = (moment + moment.mT) / 2 + DAMPING * mean * eye
     return torch.linalg.cholesky(torch.where(mean > 0, damped, eye))
+
+
+def drawn_to(weight: Tensor, gap: Tensor, inputs: Tensor, strength: float) -> Tensor:
+    """The matrix whose products fit targets best, drawn to ``weight`` [m, n] by a ridge.
+
+    ``gap`` [m, n]: the moment of what ``weight`` leaves of the targets with the inputs, ``inputs``
+    [n, n] theirs. The ridge is ``strength`` of each input's own variance. In float64.
+    """
+    scale = inputs.diagonal().clamp_min(_TINY).sqrt()
+    correlated = inputs / scale / scale[:, None]
+    correlated.diagonal().add_(strength)
+    root = torch.linalg.cholesky(correlated)
+    return weight.double() + torch.cholesky_solve((gap / scale).mT, root).mT / scale

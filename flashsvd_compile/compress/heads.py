@@ -12,7 +12,7 @@ attributes and weight shapes agree:
 three. Anything else is no attention projection, and is factored as one matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,18 @@ class HeadLayout:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """The paths of a query, a key and a value projection that belong together."""
+
+    query: str
+    key: str
+    value: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class _Declared:
     """What the attention module says of its heads; None where it says nothing."""
 
@@ -58,8 +70,36 @@ def find_head_layouts(model: nn.Module, out_features: Mapping[str, int]) -> dict
 
     ``out_features`` has the linears that may be factored, by their path in ``model``.
     """
-    configs = {path: getattr(module, "config", None) for path, module in model.named_modules()}
     layouts: dict[str, HeadLayout] = {}
+    for path, children, declared in _holders(model, out_features):
+        for name, layout in _layouts_of(children, declared).items():
+            layouts[f"{path}{name}"] = layout
+    return layouts
+
+
+def find_projections(model: nn.Module, out_features: Mapping[str, int]) -> list[Projections]:
+    """Query, key and value side by side, each a linear of its own, as `find_head_layouts`."""
+    found = []
+    for path, children, declared in _holders(model, out_features):
+        for names in _SPELLINGS:
+            if not all(name in children for name in names):
+                continue
+            layouts = _split_layouts(names, [children[name] for name in names], declared)
+            if layouts:
+                query, key, _ = (layouts[name] for name in names)
+                paths = (f"{path}{name}" for name in names)
+                found.append(
+                    Projections(*paths, query.num_heads, key.num_heads, query.head_dim)
+                )
+    return found
+
+
+def _holders(
+    model: nn.Module, out_features: Mapping[str, int]
+) -> Iterator[tuple[str, dict[str, int], _Declared]]:
+    """Modules that hold linears: a prefix of their paths, those linears' outputs by name, and what
+    the module says of its heads."""
+    configs = {path: getattr(module, "config", None) for path, module in model.named_modules()}
     for path, module in model.named_modules():
         children = {
             name: out_features[child]
@@ -69,9 +109,7 @@ def find_head_layouts(model: nn.Module, out_features: Mapping[str, int]) -> dict
         if not children:
             continue
         declared = _declared(module, _nearest_config(configs, path))
-        for name, layout in _layouts_of(children, declared).items():
-            layouts[f"{path}.{name}" if path else name] = layout
-    return layouts
+        yield f"{path}." if path else "", children, declared
 
 
 def _layouts_of(children: Mapping[str, int], declared: _Declared) -> dict[str, HeadLayout]:

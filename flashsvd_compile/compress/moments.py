@@ -56,7 +56,7 @@ def collect(
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     needs_gradients = any(one.wants & {"outputs", "fisher"} for one in watched)
-    real = _RealTokens()
+    real = RealTokens()
     count = 0
     with ExitStack() as stack:
         stack.callback(_restore, flags, modes)
@@ -69,7 +69,7 @@ def collect(
         stack.enter_context(torch.set_grad_enabled(needs_gradients))
         for count, batch in enumerate(batches, 1):
             real.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            output = _called(model, batch)
+            output = called(model, batch)
             if needs_gradients:
                 _scalar(output, batch, loss, real, seed + count).backward()
     if not count:
@@ -77,10 +77,11 @@ def collect(
     return count
 
 
-class _RealTokens:
+class RealTokens:
     """Which tokens of the batch count; all where no mask fits."""
 
-    mask: Tensor | None = None
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.mask = mask
 
     def of(self, x: Tensor) -> Tensor:
         """``x`` [batch, tokens, features] as [real tokens, features]."""
@@ -89,7 +90,7 @@ class _RealTokens:
         return x[self.mask.to(x.device).bool()]
 
 
-def _hook(one: Watched, real: _RealTokens, needs_gradients: bool) -> Callable[..., Any]:
+def _hook(one: Watched, real: RealTokens, needs_gradients: bool) -> Callable[..., Any]:
     def seen(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         with torch.no_grad():
             x = real.of(args[0].detach()).float()
@@ -107,7 +108,7 @@ def _hook(one: Watched, real: _RealTokens, needs_gradients: bool) -> Callable[..
 
 
 @torch.no_grad()
-def _seen_gradient(one: Watched, real: _RealTokens, x: Tensor, gradient: Tensor) -> None:
+def _seen_gradient(one: Watched, real: RealTokens, x: Tensor, gradient: Tensor) -> None:
     g = real.of(gradient).float()
     if "outputs" in one.wants:
         parts = g.unflatten(-1, one.rows).movedim(0, -2)  # [lead.., tokens, m]
@@ -120,7 +121,7 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-def _scalar(output: Any, batch: Any, loss: Loss | None, real: _RealTokens, seed: int) -> Tensor:
+def _scalar(output: Any, batch: Any, loss: Loss | None, real: RealTokens, seed: int) -> Tensor:
     """The loss, or the output along a random direction."""
     found = getattr(output, "loss", None) if loss is None else loss(output, batch)
     if found is None:
@@ -148,7 +149,7 @@ def _first_tensor(output: Any) -> Tensor:
     )
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
+def called(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -1,0 +1,192 @@
+"""The repeated blocks of a model, each to be run on its own, with inputs of one's choice.
+
+Transformers keep their layers in a list and call them one after another: what the first tensor of
+one's output is, the next one reads. That is looked for, not assumed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd_compile.compress.moments import called
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block was called: everything but the hidden state, and where that belongs."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    at: int | str
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(self.at, str):
+            return self.args, {**self.kwargs, self.at: hidden}
+        return (*self.args[: self.at], hidden, *self.args[self.at + 1 :]), dict(self.kwargs)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``calls[batch][block]``; ``hidden[batch]``: what the first block reads."""
+
+    paths: Sequence[str]
+    modules: Sequence[nn.Module]
+    calls: Sequence[Sequence[Call]]
+    hidden: Sequence[Tensor]
+
+    def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
+        """What the next block would read."""
+        args, kwargs = self.calls[batch][block].with_hidden(hidden)
+        return _hidden_of(self.modules[block](*args, **kwargs))
+
+
+@torch.no_grad()
+def find_blocks(
+    model: nn.Module, paths: Iterable[str], batches: Sequence[Any]
+) -> Blocks | None:
+    """The blocks that hold most of the linears at ``paths``; None where they are not called one
+    after another, once for each of ``batches``. The model has to be in evaluation mode."""
+    found = _longest_list(model, list(paths))
+    if found is None:
+        return None
+    names, modules = found
+    calls, firsts = [], []
+    for batch in batches:
+        seen = _record(model, modules, batch)
+        if seen is None:
+            return None
+        hidden, own = seen
+        firsts.append(hidden)
+        calls.append(own)
+    return Blocks(names, modules, calls, firsts)
+
+
+def _longest_list(
+    model: nn.Module, paths: Sequence[str]
+) -> tuple[list[str], list[nn.Module]] | None:
+    best: tuple[int, list[str], list[nn.Module]] | None = None
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        prefix = f"{path}." if path else ""
+        held = sum(linear.startswith(prefix) for linear in paths)
+        # Of lists within lists the outer one.
+        if held and (best is None or held > best[0]):
+            names = [f"{prefix}{name}" for name, _ in module.named_children()]
+            best = held, names, list(module.children())
+    return None if best is None else best[1:]
+
+
+def _record(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Any
+) -> tuple[Tensor, list[Call]] | None:
+    """The hidden state that the first block read, and the calls; None where they are no chain."""
+    seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    made: list[Tensor | None] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((module, args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        try:
+            made.append(_hidden_of(output))
+        except TypeError:
+            made.append(None)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            hook = block.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        called(model, batch)
+    if [module for module, _, _ in seen] != list(blocks) or len(made) != len(seen):
+        return None
+    places = [
+        _place_of(hidden, args, kwargs)
+        for hidden, (_, args, kwargs) in zip(made, seen[1:], strict=False)
+    ]
+    if not places or any(place is None or place != places[0] for place in places):
+        return None
+    at = places[0]
+    calls, first = [], None
+    for _, args, kwargs in seen:
+        given = kwargs.get(at) if isinstance(at, str) else args[at]  # type: ignore[index]
+        if not isinstance(given, Tensor):
+            return None
+        first = given if first is None else first
+        call = Call(args, kwargs, at)  # type: ignore[arg-type]
+        calls.append(replace(call, **_without_hidden(call)))
+    assert first is not None
+    return first, calls
+
+
+def _without_hidden(call: Call) -> dict[str, Any]:
+    """Nothing of the activations is kept but what the first block reads."""
+    if isinstance(call.at, str):
+        return {"kwargs": {k: v for k, v in call.kwargs.items() if k != call.at}}
+    return {"args": (*call.args[: call.at], None, *call.args[call.at + 1 :])}
+
+
+def _place_of(
+    hidden: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int | str | None:
+    """Where ``hidden`` was given to the next block."""
+    for place, given in (*enumerate(args), *kwargs.items()):
+        if given is hidden and hidden is not None:
+            return place
+    return None
+
+
+def _hidden_of(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(first, Tensor):
+        raise TypeError("a block's output does not begin with a tensor")
+    return first
+
+
+class _Enough(Exception):
+    """All that was to be captured has been."""
+
+
+def captured(
+    run: Callable[[], Any], inputs_of: Sequence[nn.Module], outputs_of: Sequence[nn.Module] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What those modules read and return in one ``run``, which ends as soon as all is known."""
+    read: dict[int, Tensor] = {}
+    returned: dict[int, Tensor] = {}
+
+    def check() -> None:
+        if len(read) == len(inputs_of) and len(returned) == len(outputs_of):
+            raise _Enough
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            read[index] = args[0]
+            check()
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            returned[index] = output
+            check()
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, module in enumerate(inputs_of):
+            stack.callback(module.register_forward_pre_hook(before(index)).remove)
+        for index, module in enumerate(outputs_of):
+            stack.callback(module.register_forward_hook(after(index)).remove)
+        try:
+            run()
+        except _Enough:
+            pass
+    return (
+        [read[index] for index in range(len(inputs_of))],
+        [returned[index] for index in range(len(outputs_of))],
+    )

@@ -1,0 +1,126 @@
+"""Linears around attention whose head width itself is reduced: factors without a lift.
+
+Nothing may stand between a query and a key but their product, and between a value and the output
+projection but a weighted mean. Then a head of width ``D`` may be narrowed to rank ``r`` on both
+sides at once, and neither side has to be lifted again:
+
+    q'_h = P_h q_h,  k'_h = S_h k_h          with S_hᵀ P_h ≈ 1       q'·k' ≈ q·k
+    v'_h = P_h v_h,  o reads L_h v'_h        with L_h P_h ≈ 1
+
+===================  ===================  =============================================
+module               ``weight``           what it does
+===================  ===================  =============================================
+`NarrowHeadsLinear`  [H, r, in]           makes heads: r features, then D − r zeros
+`NarrowInputLinear`  [out, H, r]          reads the first r of the D features of each
+===================  ===================  =============================================
+
+The attention module in between sees heads of D features, as before; to the compiler the zeros are
+a lift by an identity, so that it runs on the latents. ``bias`` is [out] or None, as in
+``nn.Linear``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Narrow(nn.Module):
+    """What both share; ``method``: who made the factors."""
+
+    bias: nn.Parameter | None
+    method: str = "planned"
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        in_features: int,
+        out_features: int,
+        head_dim: int,
+        num_heads: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features, num_heads) < 1:
+            raise ValueError(
+                f"sizes must be at least 1, got {(in_features, out_features, num_heads)}"
+            )
+        if not 1 <= rank <= head_dim:
+            raise ValueError(f"rank must be in [1, {head_dim}] for heads of {head_dim}, got {rank}")
+        self.in_features, self.out_features = in_features, out_features
+        self.num_heads, self.head_dim, self.rank = num_heads, head_dim, rank
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear`` begins; the bias is zero where heads are."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class NarrowHeadsLinear(_Narrow):
+    """``y_h = [x W_hᵀ; 0] + b_h`` with ``weight`` [H, r, in]; the output is [.., H·D]."""
+
+    lift: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        head_dim: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            (num_heads, rank, in_features), in_features, num_heads * head_dim, head_dim,
+            num_heads, rank, bias, device, dtype,
+        )  # fmt: skip
+        eye = torch.eye(head_dim, rank, device=device, dtype=dtype)
+        self.register_buffer("lift", eye, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (self.num_heads, self.rank))
+        y = F.linear(latents, self.lift).flatten(-2)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class NarrowInputLinear(_Narrow):
+    """``y = Σ_h x_h[:r] W_hᵀ + b`` with ``weight`` [out, H, r]; the input is [.., H·D]."""
+
+    def __init__(
+        self,
+        out_features: int,
+        num_heads: int,
+        head_dim: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            (out_features, num_heads, rank), num_heads * head_dim, out_features, head_dim,
+            num_heads, rank, bias, device, dtype,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = x.unflatten(-1, (self.num_heads, self.head_dim))[..., : self.rank].flatten(-2)
+        return F.linear(read, self.weight.flatten(1), self.bias)
