@@ -7,14 +7,14 @@ and SAES-SVD (2026), with the outputs' metric and with heads that are narrowed o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsvd_compile.compress.blocks import Blocks, captured
+from flashsvd_compile.compress.blocks import Blocks, watch
 from flashsvd_compile.compress.fits import Spectrum, drawn_to, spectrum_of
 from flashsvd_compile.compress.joint import Joint
 from flashsvd_compile.compress.joint_modules import NarrowHeadsLinear, NarrowInputLinear
@@ -99,6 +99,7 @@ class Anchored:
         dense = compressed = list(self._blocks.hidden)
         for index, path in enumerate(self._blocks.paths):
             self._moved: dict[str, Moved] = {}
+            self._sum_at: dict[str, nn.Module | None] = {}
             for stage in self._stages(index, dense[0]):
                 wanted = [p for p in stage if ranks[self._unit(p)] is not None]
                 if wanted:
@@ -118,26 +119,62 @@ class Anchored:
     def _stages(self, index: int, hidden: Tensor) -> list[list[str]]:
         """The block's linears as they are called, those that read the same together."""
         own = [p for p in self._matrices if p.startswith(f"{self._blocks.paths[index]}.")]
-        order: list[tuple[str, Any]] = []
-        hooks = [
-            self._dense[path].register_forward_pre_hook(
-                lambda _, args, path=path: order.append((path, args[0]))
-            )
-            for path in own
-        ]
-        try:
-            self._blocks.run(index, 0, hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        path_of = {self._dense[path]: path for path in own}
+        order: list[tuple[nn.Module, Any]] = []
+        leaves = [m for m in self._blocks.modules[index].modules() if not list(m.children())]
+        with ExitStack() as stack:
+            for leaf in leaves:
+                hook = leaf.register_forward_pre_hook(
+                    lambda module, args: order.append((module, args[0]))
+                )
+                stack.callback(hook.remove)
+            returned = watch(lambda: self._blocks.run(index, 0, hidden), (), path_of, True).returned
         stages: list[list[str]] = []
         last = None
-        for path, read in order:
+        for place, (module, read) in enumerate(order):
+            if module not in path_of:
+                continue
             if read is not last:
                 stages.append([])
-            stages[-1].append(path)
+            stages[-1].append(path_of[module])
             last = read
+            y = returned[module]
+            later = [
+                m for m, x in order[place + 1 :]
+                if x.shape == y.shape and x.data_ptr() != y.data_ptr()
+            ]  # fmt: skip
+            sum_at = later[0] if later else None
+            self._sum_at[path_of[module]] = sum_at
+            if not self._adds(index, hidden, module, sum_at):
+                del self._sum_at[path_of[module]]
         return stages
+
+    def _adds(self, index: int, hidden: Tensor, module: nn.Module, at: nn.Module | None) -> bool:
+        """Whether what ``at`` reads, or the block returns, is the module's output and something
+        that does not depend on it."""
+
+        def read() -> Tensor:
+            run = lambda: self._blocks.run(index, 0, hidden)  # noqa: E731
+            seen = watch(run, () if at is None else (at,), (), at is None)
+            found = seen.result if at is None else seen.read[at]
+            assert found is not None
+            return found
+
+        before = read()
+        moved: list[Tensor] = []
+
+        def move(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            moved.append(output.flip(-1))
+            return output + moved[0]
+
+        hook = module.register_forward_hook(move)
+        try:
+            after = read()
+        finally:
+            hook.remove()
+        if after.shape != moved[0].shape:
+            return False
+        return bool((after - before - moved[0]).norm() < 1e-3 * moved[0].norm())
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -155,16 +192,30 @@ class Anchored:
     ) -> _Sums:
         """Of what the compressed block reads at ``paths``, and the dense one returns there."""
         sums, modules = _Sums(), [self._dense[path] for path in paths]
+        places = [self._sum_at.get(path, self._dense[path]) for path in paths]
+        read_at = [m for m in places if m is not None and m not in modules]
         for batch, mask in enumerate(self._masks):
             real = RealTokens(mask)
-            _, outputs = captured(
-                lambda i=batch: self._blocks.run(index, i, dense[i]), (), modules
-            )
+
+            def found(hidden: Sequence[Tensor], batch: int = batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+                seen = watch(
+                    lambda: self._blocks.run(index, batch, hidden[batch]),
+                    [modules[0], *read_at], modules, None in places,
+                )  # fmt: skip
+                own = [seen.returned[m] for m in modules]
+                sums = [
+                    seen.result if at is None else seen.read[at] if at in read_at else y
+                    for at, y in zip(places, own, strict=True)
+                ]
+                return seen.read[modules[0]], own, sums
+
+            _, _, wanted = found(dense)
             with self._in_place():
-                (x,), _ = captured(
-                    lambda i=batch: self._blocks.run(index, i, off[i]), modules[:1]
-                )
-            targets = {path: real.of(y) for path, y in zip(paths, outputs, strict=True)}
+                x, own, now = found(off)
+            targets = {
+                path: real.of(want - had + y)
+                for path, want, had, y in zip(paths, wanted, now, own, strict=True)
+            }
             sums.add(real.of(x), targets)
         return sums
 

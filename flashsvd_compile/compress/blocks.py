@@ -149,44 +149,47 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 class _Enough(Exception):
-    """All that was to be captured has been."""
+    """All that was to be seen has been."""
 
 
-def captured(
-    run: Callable[[], Any], inputs_of: Sequence[nn.Module], outputs_of: Sequence[nn.Module] = ()
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What those modules read and return in one ``run``, which ends as soon as all is known."""
-    read: dict[int, Tensor] = {}
-    returned: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Seen:
+    """What modules read first, and return, in one run; ``result``: the run's, if it was wanted."""
+
+    read: Mapping[nn.Module, Tensor]
+    returned: Mapping[nn.Module, Tensor]
+    result: Tensor | None
+
+
+def watch(
+    run: Callable[[], Tensor],
+    reads_of: Iterable[nn.Module] = (),
+    returns_of: Iterable[nn.Module] = (),
+    result: bool = False,
+) -> Seen:
+    """One ``run``, which ends as soon as all that is asked for is known."""
+    readers, returners = set(reads_of), set(returns_of)
+    read: dict[nn.Module, Tensor] = {}
+    returned: dict[nn.Module, Tensor] = {}
 
     def check() -> None:
-        if len(read) == len(inputs_of) and len(returned) == len(outputs_of):
+        if not result and len(read) == len(readers) and len(returned) == len(returners):
             raise _Enough
 
-    def before(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            read[index] = args[0]
-            check()
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        read[module] = args[0]
+        check()
 
-        return hook
-
-    def after(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            returned[index] = output
-            check()
-
-        return hook
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        returned[module] = output
+        check()
 
     with ExitStack() as stack:
-        for index, module in enumerate(inputs_of):
-            stack.callback(module.register_forward_pre_hook(before(index)).remove)
-        for index, module in enumerate(outputs_of):
-            stack.callback(module.register_forward_hook(after(index)).remove)
+        for module in readers:
+            stack.callback(module.register_forward_pre_hook(before).remove)
+        for module in returners:
+            stack.callback(module.register_forward_hook(after).remove)
         try:
-            run()
+            return Seen(read, returned, run())
         except _Enough:
-            pass
-    return (
-        [read[index] for index in range(len(inputs_of))],
-        [returned[index] for index in range(len(outputs_of))],
-    )
+            return Seen(read, returned, None)
