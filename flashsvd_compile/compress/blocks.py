@@ -45,9 +45,7 @@ class Blocks:
 
 
 @torch.no_grad()
-def find_blocks(
-    model: nn.Module, paths: Iterable[str], batches: Sequence[Any]
-) -> Blocks | None:
+def find_blocks(model: nn.Module, paths: Iterable[str], batches: Sequence[Any]) -> Blocks | None:
     """The blocks that hold most of the linears at ``paths``; None where they are not called one
     after another, once for each of ``batches``. The model has to be in evaluation mode."""
     found = _longest_list(model, list(paths))
@@ -159,6 +157,12 @@ class Seen:
     read: Mapping[nn.Module, Tensor]
     returned: Mapping[nn.Module, Tensor]
     result: Tensor | None
+
+    def at(self, module: nn.Module | None) -> Tensor:
+        """What ``module`` read, or else the result."""
+        found = self.result if module is None else self.read[module]
+        assert found is not None
+        return found
 
 
 def watch(

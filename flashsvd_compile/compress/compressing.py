@@ -17,16 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from flashsvd_compile.compress.heads import find_head_layouts
-from flashsvd_compile.compress.linears import (
-    Linear,
-    find_linears,
-    model_bytes,
-    parameter_bytes,
-    replace_,
-    select,
-)
-from flashsvd_compile.compress.matrices import LowRank, Matrices
+from flashsvd_compile.compress.fitting import Fitted, matrix_by_matrix, planned, progress
+from flashsvd_compile.compress.heads import find_head_layouts, find_projections
+from flashsvd_compile.compress.linears import find_linears, model_bytes, replace_, select
+from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
 from flashsvd_compile.compress.report import CompressReport, CompressRow
@@ -92,34 +86,32 @@ def compress_(
     }
     for found in matrices.values():
         found.validate()
-    how, unfit = calibrated(name, model, matrices, calibration or (), loss, seed)
-    reasons |= unfit
+    batches = None if calibration is None else list(calibration)
+    how, unfit = calibrated(name, model, matrices, progress(batches or (), "calibrate"), loss, seed)
     matrices = {path: one for path, one in matrices.items() if path not in unfit}
     bytes_before = model_bytes(model)
     if budget is not None:
         share = _share_within(budget, bytes_before, matrices)
-    ranks = how.ranks(matrices, share)
+    if name == "planned":
+        assert batches is not None
+        projections = find_projections(model, out_features)
+        fits = planned(model, how, matrices, projections, batches, share)
+    else:
+        fits = matrix_by_matrix(how, matrices, share)
 
     rows: list[CompressRow] = []
-    replacements: list[tuple[Linear, LowRank]] = []
     for linear in linears:
         path, size = linear.path, linear.weight_bytes
-        rank, one = ranks.get(path), matrices.get(path)
-        if one is None or rank is None or not one.is_smaller(rank):
-            why = reasons[path]
-            if one is not None:
-                what = "that lose less" if rank is None else f"of rank {rank}"
-                why = f"factors {what} are no smaller than {[*one.shape]}"
-            rows.append(CompressRow(path, "dense", None, size, size, 0.0, why))
+        found = fits.get(path) or unfit.get(path) or reasons[path]
+        if isinstance(found, str):
+            rows.append(CompressRow(path, "dense", None, size, size, 0.0, found))
             continue
-        u, v, lost = how.factors(path, one, rank)
-        made = one.module(u, v, rank)
-        made.method = name
-        after = parameter_bytes(made.u) + parameter_bytes(made.v)
-        rows.append(CompressRow(path, one.kind, rank, size, after, one.error_of(made), "", lost))
-        replacements.append((linear, made))
-    for linear, made in replacements:
-        replace_(model, linear.paths, made)
+        row = CompressRow(path, found.kind, found.rank, size, found.bytes, found.error, "",
+                          found.loss)  # fmt: skip
+        rows.append(row)
+    for linear in linears:
+        if isinstance(found := fits.get(linear.path), Fitted):
+            replace_(model, linear.paths, found.module)
     return CompressReport(share, tuple(rows), bytes_before, model_bytes(model), name)
 
 

@@ -44,6 +44,12 @@ class Spectrum:
 _TINY = torch.finfo(torch.float64).tiny
 
 
+def tails(sigma: Tensor) -> list[float]:
+    """What is lost at each rank from 0 on, together over all leading dimensions of ``sigma``."""
+    by_rank = sigma.square().reshape(-1, sigma.shape[-1]).sum(0)
+    return [*by_rank.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+
+
 def spectrum_of(
     weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None
 ) -> Spectrum:
@@ -72,16 +78,3 @@ def _root(moment: Tensor) -> Tensor:
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     damped = (moment + moment.mT) / 2 + DAMPING * mean * eye
     return torch.linalg.cholesky(torch.where(mean > 0, damped, eye))
-
-
-def drawn_to(weight: Tensor, gap: Tensor, inputs: Tensor, strength: float) -> Tensor:
-    """The matrix whose products fit targets best, drawn to ``weight`` [m, n] by a ridge.
-
-    ``gap`` [m, n]: the moment of what ``weight`` leaves of the targets with the inputs, ``inputs``
-    [n, n] theirs. The ridge is ``strength`` of each input's own variance. In float64.
-    """
-    scale = inputs.diagonal().clamp_min(_TINY).sqrt()
-    correlated = inputs / scale / scale[:, None]
-    correlated.diagonal().add_(strength)
-    root = torch.linalg.cholesky(correlated)
-    return weight.double() + torch.cholesky_solve((gap / scale).mT, root).mT / scale

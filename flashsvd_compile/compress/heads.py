@@ -88,9 +88,7 @@ def find_projections(model: nn.Module, out_features: Mapping[str, int]) -> list[
             if layouts:
                 query, key, _ = (layouts[name] for name in names)
                 paths = (f"{path}{name}" for name in names)
-                found.append(
-                    Projections(*paths, query.num_heads, key.num_heads, query.head_dim)
-                )
+                found.append(Projections(*paths, query.num_heads, key.num_heads, query.head_dim))
     return found
 
 

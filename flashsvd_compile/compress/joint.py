@@ -42,6 +42,11 @@ class Joint:
         return f"{self.first} × {self.second}"
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what queries have."""
+        return self.heads, self.group, self.head_dim
+
+    @property
     def paths(self) -> tuple[str, str]:
         return self.first, self.second
 

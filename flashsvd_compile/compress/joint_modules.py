@@ -15,11 +15,9 @@ module               ``weight``           what it does
 ===================  ===================  =============================================
 
 The attention module in between sees heads of D features, as before; to the compiler the zeros are
-a lift by an identity, so that it runs on the latents. ``bias`` is [out] or None, as in
-``nn.Linear``.
+a lift by an identity, so that it runs on the latents. ``bias`` may be None; that of
+`NarrowHeadsLinear` is the latents', [H·r].
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ class _Narrow(nn.Module):
         head_dim: int,
         num_heads: int,
         rank: int,
-        bias: bool,
+        biases: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -54,18 +52,18 @@ class _Narrow(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.num_heads, self.head_dim, self.rank = num_heads, head_dim, rank
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        if biases:
+            self.bias = nn.Parameter(torch.empty(biases, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear`` begins; the bias is zero where heads are."""
+        """As ``nn.Linear`` begins."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
         return (
@@ -76,7 +74,7 @@ class _Narrow(nn.Module):
 
 
 class NarrowHeadsLinear(_Narrow):
-    """``y_h = [x W_hᵀ; 0] + b_h`` with ``weight`` [H, r, in]; the output is [.., H·D]."""
+    """``y_h = [x W_hᵀ + b_h; 0]`` with ``weight`` [H, r, in]; the output is [.., H·D]."""
 
     lift: Tensor
 
@@ -92,15 +90,19 @@ class NarrowHeadsLinear(_Narrow):
     ) -> None:
         super().__init__(
             (num_heads, rank, in_features), in_features, num_heads * head_dim, head_dim,
-            num_heads, rank, bias, device, dtype,
+            num_heads, rank, num_heads * rank * bias, device, dtype,
         )  # fmt: skip
         eye = torch.eye(head_dim, rank, device=device, dtype=dtype)
         self.register_buffer("lift", eye, persistent=False)
 
+    def dense_weight(self) -> Tensor:
+        """[out, in], zeros included."""
+        padding = (0, 0, 0, self.head_dim - self.rank)
+        return F.pad(self.weight, padding).flatten(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        latents = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (self.num_heads, self.rank))
-        y = F.linear(latents, self.lift).flatten(-2)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        latents = F.linear(x, self.weight.flatten(0, 1), self.bias)
+        return F.linear(latents.unflatten(-1, (self.num_heads, self.rank)), self.lift).flatten(-2)
 
 
 class NarrowInputLinear(_Narrow):
@@ -118,8 +120,12 @@ class NarrowInputLinear(_Narrow):
     ) -> None:
         super().__init__(
             (out_features, num_heads, rank), num_heads * head_dim, out_features, head_dim,
-            num_heads, rank, bias, device, dtype,
+            num_heads, rank, out_features * bias, device, dtype,
         )  # fmt: skip
+
+    def dense_weight(self) -> Tensor:
+        """[out, in], zeros included."""
+        return F.pad(self.weight, (0, self.head_dim - self.rank)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         read = x.unflatten(-1, (self.num_heads, self.head_dim))[..., : self.rank].flatten(-2)

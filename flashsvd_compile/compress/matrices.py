@@ -1,6 +1,7 @@
 """A linear layer's weight as the matrices that are factored, and the module of their factors."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from flashsvd_compile.compress.modules import (
 from flashsvd_compile.compress.report import Kind
 from flashsvd_compile.compress.svd import svd_dtype
 
+Made = TypeVar("Made", bound=nn.Module)
 LowRank = LowRankLinear | PerHeadLowRankLinear | FusedPerHeadLowRankLinear
 
 
@@ -88,11 +90,7 @@ class Matrices:
         module.v = nn.Parameter(v.to(dtype).contiguous(), requires_grad=trains)
         # The same object, so that a tied bias stays tied.
         module.bias = dense._parameters.get("bias")
-        # The training flag, the hooks (their dicts, so that handles still remove them) and whatever
-        # others have hung on the layer.
-        own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        vars(module).update({k: value for k, value in vars(dense).items() if k not in own})
-        return module
+        return inherit(module, dense)
 
     @torch.no_grad()
     def error_of(self, factors: LowRank) -> float:
@@ -102,3 +100,11 @@ class Matrices:
         norm = torch.linalg.vector_norm(precise)
         gap = torch.linalg.vector_norm(precise - product.reshape(self.weight.shape))
         return float(gap / norm) if norm > 0 else 0.0
+
+
+def inherit(module: Made, dense: nn.Module) -> Made:
+    """``module`` with what hangs on ``dense``, whose place it takes: the training flag, the hooks
+    (their dicts, so that handles still remove them) and whatever others have put there."""
+    state = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    vars(module).update({k: v for k, v in vars(dense).items() if k not in state})
+    return module

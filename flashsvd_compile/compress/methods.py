@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd_compile.compress.fits import Spectrum, spectrum_of
+from flashsvd_compile.compress.fits import Spectrum, spectrum_of, tails
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.moments import Loss, Moments, Watched, collect
 from flashsvd_compile.compress.ranks import Layer, plan_ranks
@@ -44,13 +44,14 @@ class Method:
         """Within ``keep`` of the bytes of all ``matrices``; None where the matrix stays."""
         if self.name != "planned":
             return {path: rank_for(keep, *one.shape) for path, one in matrices.items()}
-        layers = {}
-        for path, one in matrices.items():
-            by_rank = self._spectrum(path, one).sigma.square().reshape(-1, min(one.shape)).sum(0)
-            losses = [*by_rank.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-            layers[path] = Layer(losses, one.rank_bytes, one.linear.weight_bytes)
+        layers = {path: self.layer(path, one) for path, one in matrices.items()}
         whole = sum(one.linear.weight_bytes for one in matrices.values())
         return plan_ranks(layers, int(keep * whole + 1e-6))
+
+    def layer(self, path: str, one: Matrices) -> Layer:
+        """What each rank costs and loses."""
+        losses = tails(self._spectrum(path, one).sigma)
+        return Layer(losses, one.rank_bytes, one.linear.weight_bytes)
 
     def _spectrum(self, path: str, one: Matrices) -> Spectrum:
         found = self.moments[path]

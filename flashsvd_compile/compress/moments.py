@@ -5,8 +5,8 @@ leaves out do not count. Without labels the gradient is that of the model's own 
 directions, so that its moment is the Gauss–Newton metric of the output.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,22 +53,17 @@ def collect(
     Parameters, gradients and the training flag are as before when this returns or raises. Raises
     ValueError where there is no batch, or the model's output holds nothing to differentiate.
     """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     needs_gradients = any(one.wants & {"outputs", "fisher"} for one in watched)
     real = RealTokens()
     count = 0
     with ExitStack() as stack:
-        stack.callback(_restore, flags, modes)
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        model.eval()
+        stack.enter_context(in_evaluation(model))
         for one in watched:
             hook = one.module.register_forward_hook(_hook(one, real, needs_gradients))
             stack.callback(hook.remove)
         stack.enter_context(torch.set_grad_enabled(needs_gradients))
         for count, batch in enumerate(batches, 1):
-            real.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            real.mask = mask_of(batch)
             output = called(model, batch)
             if needs_gradients:
                 _scalar(output, batch, loss, real, seed + count).backward()
@@ -155,8 +150,23 @@ def called(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def _restore(flags: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    for module, training in modes:
-        module.training = training
+def mask_of(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are real, where it says so."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters, no dropout; afterwards as before."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training

@@ -5,14 +5,16 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-Kind = Literal["per_head", "matrix", "dense"]
+Kind = Literal["per_head", "matrix", "narrow", "dense"]
 
 
 @dataclass(frozen=True)
 class CompressRow:
     """One linear layer. Bytes are those of its weight or factors, without the bias.
 
-    ``error`` is ‖W − V U‖ / ‖W‖ in the Frobenius norm, of the factors as they are stored.
+    ``kind`` "narrow": one side of heads that were narrowed to the rank together with the other.
+    ``error`` is ‖W − V U‖ / ‖W‖ in the Frobenius norm, of the factors as they are stored; of a
+    narrow one, of the product of both sides. It may be large where inputs are few.
     ``reason`` says why the layer stayed dense; empty for others. ``loss``: what the missing ranks
     add to the loss, to second order and times two, as calibration predicts; None where the method
     does not.

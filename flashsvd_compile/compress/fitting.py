@@ -1,0 +1,115 @@
+"""From ranks to modules: what takes the place of each linear, and what that costs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from flashsvd_compile.compress.anchored import Anchored
+from flashsvd_compile.compress.blocks import find_blocks
+from flashsvd_compile.compress.heads import Projections
+from flashsvd_compile.compress.joint import Joint, find_joints
+from flashsvd_compile.compress.linears import parameter_bytes
+from flashsvd_compile.compress.matrices import Matrices
+from flashsvd_compile.compress.methods import Method
+from flashsvd_compile.compress.moments import in_evaluation, mask_of
+from flashsvd_compile.compress.narrowing import error_of, losses_of
+from flashsvd_compile.compress.ranks import Layer, plan_ranks
+from flashsvd_compile.compress.report import Kind
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """``error`` and ``loss`` as in `CompressRow`."""
+
+    module: nn.Module
+    kind: Kind
+    rank: int
+    error: float
+    loss: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        own = self.module.named_parameters()
+        return sum(parameter_bytes(p) for name, p in own if name != "bias")
+
+
+# By path what takes a linear's place, or why it stays.
+Fits = dict[str, Fitted | str]
+
+
+def matrix_by_matrix(how: Method, matrices: Mapping[str, Matrices], keep: float) -> Fits:
+    """Each factored for itself."""
+    fits: Fits = {}
+    for path, rank in how.ranks(matrices, keep).items():
+        fits[path] = _factored(how, path, matrices[path], rank)
+    return fits
+
+
+def planned(
+    model: nn.Module,
+    how: Method,
+    matrices: Mapping[str, Matrices],
+    projections: Sequence[Projections],
+    batches: Sequence[Any],
+    keep: float,
+) -> Fits:
+    """Ranks from one list over the whole model; blocks fitted one after another, where the model
+    has any, and heads narrowed on both sides, where nothing stands between."""
+    with in_evaluation(model):
+        blocks = find_blocks(model, matrices, batches)
+        if blocks is None:
+            return matrix_by_matrix(how, matrices, keep)
+        joints = find_joints(blocks, matrices, projections)
+        layers = {path: how.layer(path, one) for path, one in matrices.items()}
+        for joint in joints:
+            layers[joint.name] = _together(joint, [layers.pop(p) for p in joint.paths], how,
+                                           matrices)  # fmt: skip
+        whole = sum(one.linear.weight_bytes for one in matrices.values())
+        ranks = plan_ranks(layers, int(keep * whole + 1e-6))
+        masks = [mask_of(batch) for batch in batches]
+        anchored = Anchored(model, blocks, matrices, joints, how.moments, masks)
+        for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
+            pass
+    fits: Fits = {}
+    joint_of = {path: joint for joint in joints for path in joint.paths}
+    for path, one in matrices.items():
+        joint = joint_of.get(path)
+        name = path if joint is None else joint.name
+        rank, made = ranks[name], anchored.made.get(path)
+        if rank is None or made is None:
+            fits[path] = _factored(how, path, one, rank)
+        elif joint is None:
+            error = one.error_of(made)  # type: ignore[arg-type]
+            fits[path] = Fitted(made, one.kind, rank, error, layers[name].losses[rank])
+        else:
+            error = error_of(joint, matrices, anchored.made)
+            fits[path] = Fitted(made, "narrow", rank, error, layers[name].losses[rank] / 2)
+        if made is not None:
+            made.method = how.name  # type: ignore[assignment]
+    return fits
+
+
+def _together(
+    joint: Joint, alone: Sequence[Layer], how: Method, matrices: Mapping[str, Matrices]
+) -> Layer:
+    dense_bytes = sum(layer.dense_bytes for layer in alone)
+    losses = losses_of(joint, matrices, how.moments)
+    return Layer(losses, dense_bytes // joint.head_dim, dense_bytes)
+
+
+def _factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted | str:
+    if rank is None or not one.is_smaller(rank):
+        what = "that lose less" if rank is None else f"of rank {rank}"
+        return f"factors {what} are no smaller than {[*one.shape]}"
+    u, v, lost = how.factors(path, one, rank)
+    made = one.module(u, v, rank)
+    made.method = how.name
+    return Fitted(made, one.kind, rank, one.error_of(made), lost)
+
+
+def progress(steps: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    """A bar, where somebody may see one."""
+    return tqdm(steps, desc=what, total=total, disable=None, leave=False)

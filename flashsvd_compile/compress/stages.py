@@ -1,0 +1,84 @@
+"""A block's linears in the order of their calls, and the residual sums that they go into."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd_compile.compress.blocks import Blocks, watch
+
+# Of what is added to an output, the share that may be missing where it goes: roundings of float32.
+SAME = 1e-3
+
+
+class Sum(NamedTuple):
+    """Where an output plus a residual is read: by ``module``, or as what the block returns."""
+
+    module: nn.Module | None
+
+
+Stage = dict[str, Sum | None]
+
+
+@torch.no_grad()
+def stages_of(
+    blocks: Blocks, index: int, hidden: Tensor, own: Mapping[nn.Module, str]
+) -> list[Stage]:
+    """The linears ``own`` of a block, those that read the same together, by path.
+
+    ``hidden``: what the block reads of the first batch, on which this is found.
+    """
+    order: list[tuple[nn.Module, Tensor]] = []
+
+    def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            order.append((module, args[0]))
+
+    with ExitStack() as stack:
+        for module in blocks.modules[index].modules():
+            if not any(module.children()):
+                stack.callback(module.register_forward_pre_hook(seen).remove)
+        returned = watch(lambda: blocks.run(index, 0, hidden), (), own, True).returned
+    stages: list[Stage] = []
+    last = None
+    for place, (module, read) in enumerate(order):
+        if module not in own:
+            continue
+        if read is not last:
+            stages.append({})
+        y, last = returned[module], read
+        later = (
+            Sum(m) for m, x in order[place + 1 :]
+            if x.shape == y.shape and x.data_ptr() != y.data_ptr()
+        )  # fmt: skip
+        found = next(later, Sum(None))
+        stages[-1][own[module]] = found if _adds(blocks, index, hidden, module, found) else None
+    return stages
+
+
+def _adds(blocks: Blocks, index: int, hidden: Tensor, module: nn.Module, at: Sum) -> bool:
+    """Whether what lies there is the module's output and something that does not depend on it."""
+
+    def read() -> Tensor:
+        readers = () if at.module is None else (at.module,)
+        seen = watch(lambda: blocks.run(index, 0, hidden), readers, (), at.module is None)
+        return seen.at(at.module)
+
+    before = read()
+    added: list[Tensor] = []
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        added.append(output.flip(-1))  # of its size, and something else
+        return output + added[-1]
+
+    hook = module.register_forward_hook(add)
+    try:
+        after = read()
+    finally:
+        hook.remove()
+    if len(added) != 1 or after.shape != added[0].shape:
+        return False
+    gap = (after - before - added[0]).norm()
+    return bool(gap < SAME * added[0].norm())
