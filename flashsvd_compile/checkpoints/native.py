@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd_compile.checkpoints.errors import CheckpointError, listed, nearest
+from flashsvd_compile.compress.joint_modules import NarrowHeadsLinear, NarrowInputLinear
 from flashsvd_compile.compress.linears import find_linears, replace_
 from flashsvd_compile.compress.modules import (
     FusedPerHeadLowRankLinear,
@@ -36,6 +37,8 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "matrix": (LowRankLinear, ("rank",)),
     "per_head": (PerHeadLowRankLinear, ("num_heads", "head_dim", "rank")),
     "fused_per_head": (FusedPerHeadLowRankLinear, ("num_parts", "num_heads", "head_dim", "rank")),
+    "narrow_heads": (NarrowHeadsLinear, ("num_heads", "head_dim", "rank")),
+    "narrow_input": (NarrowInputLinear, ("num_heads", "head_dim", "rank")),
     "linear": (nn.Linear, ()),
 }
 
@@ -141,13 +144,16 @@ def _module(path: str, entry: Mapping[str, Any], linear: Any) -> Any:
         raise CheckpointError(f"config.json: {path}: bias must be true or false, got {bias!r}")
     try:
         with torch.device("meta"):
-            module: Any = cls(in_features, *sizes, bias=bias)
+            wide = out_features if cls is NarrowInputLinear else in_features
+            module: Any = cls(wide, *sizes, bias=bias)
     except ValueError as error:
         raise CheckpointError(f"config.json: {path}: {error}") from error
-    if getattr(module, "out_features", None) != out_features:
+    if (module.out_features, module.in_features) != (out_features, in_features):
         raise CheckpointError(
-            f"config.json: {path} has {out_features} features, not those of {dict(entry)}"
+            f"config.json: {path} is [{out_features}, {in_features}], which {dict(entry)} is not"
         )
+    if isinstance(module, NarrowHeadsLinear):  # no checkpoint holds it
+        module.lift = torch.eye(module.head_dim, module.rank, dtype=linear.weight.dtype)
     if kind != "linear":
         module.method = str(entry.get("method", ""))
     return module

@@ -145,6 +145,7 @@ class Anchored:
         inputs = sums.inputs(found.bias is not None)
         u, v = spectrum_of(stacked, inputs, self._moments[path].outputs).factors(rank)
         made = one.module(u, v, rank)
+        made.method = "planned"
         if found.bias is not None:
             product = (v @ u).reshape(found.weight.shape)
             made.bias = _parameter(sums.bias(path, product), one)
@@ -155,11 +156,9 @@ class Anchored:
         q = query.weight.reshape(*joint.shape, -1)
         moment = q @ sums.inputs(False) @ q.mT
         if query.bias is not None:
-            bias, mean = (
-                query.bias.reshape(*joint.shape, 1),
-                (q @ (sums.x / sums.tokens))[..., None],
-            )
-            moment = moment + bias @ bias.mT + bias @ mean.mT + mean @ bias.mT
+            bias = query.bias.reshape(*joint.shape, 1)
+            crossed = (q @ (sums.x / sums.tokens))[..., None] @ bias.mT
+            moment = moment + crossed + crossed.mT + bias @ bias.mT
         u, v = spectrum_of_scores(joint, moment, self._moments).factors(rank)
         of_queries = u.repeat_interleave(joint.group, 0)
         self.made[joint.first] = self._narrowed(joint.first, query, of_queries)

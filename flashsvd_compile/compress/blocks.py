@@ -4,9 +4,11 @@ Transformers keep their layers in a list and call them one after another: what t
 one's output is, the next one reads. That is looked for, not assumed.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,14 +55,25 @@ def find_blocks(model: nn.Module, paths: Iterable[str], batches: Sequence[Any]) 
         return None
     names, modules = found
     calls, firsts = [], []
+    last = None
     for batch in batches:
         seen = _record(model, modules, batch)
         if seen is None:
             return None
-        hidden, own = seen
+        hidden, own, last = seen
         firsts.append(hidden)
         calls.append(own)
-    return Blocks(names, modules, calls, firsts)
+    blocks = Blocks(names, modules, calls, firsts)
+    return blocks if last is not None and _repeats(blocks, last) else None
+
+
+def _repeats(blocks: Blocks, last: Tensor) -> bool:
+    """Whether the last batch makes ``last`` again: a block may depend on what ran before."""
+    batch = len(blocks.hidden) - 1
+    hidden = blocks.hidden[batch]
+    for index in range(len(blocks.modules)):
+        hidden = blocks.run(index, batch, hidden)
+    return hidden.shape == last.shape and torch.allclose(hidden, last, rtol=1e-3, atol=1e-5)
 
 
 def _longest_list(
@@ -70,19 +83,20 @@ def _longest_list(
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        prefix = f"{path}." if path else ""
-        held = sum(linear.startswith(prefix) for linear in paths)
+        names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+        inside = tuple(f"{name}." for name in names)
+        held = sum(linear.startswith(inside) for linear in paths)
         # Of lists within lists the outer one.
         if held and (best is None or held > best[0]):
-            names = [f"{prefix}{name}" for name, _ in module.named_children()]
             best = held, names, list(module.children())
     return None if best is None else best[1:]
 
 
 def _record(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Any
-) -> tuple[Tensor, list[Call]] | None:
-    """The hidden state that the first block read, and the calls; None where they are no chain."""
+) -> tuple[Tensor, list[Call], Tensor] | None:
+    """The hidden state that the first block read, the calls, and what the last one made; None where
+    they are no chain."""
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     made: list[Tensor | None] = []
 
@@ -104,9 +118,11 @@ def _record(
     if [module for module, _, _ in seen] != list(blocks) or len(made) != len(seen):
         return None
     places = [
-        _place_of(hidden, args, kwargs)
+        None if hidden is None else _place_of(partial(operator.is_, hidden), args, kwargs)
         for hidden, (_, args, kwargs) in zip(made, seen[1:], strict=False)
     ]
+    if len(blocks) == 1:
+        places = [_place_of(torch.is_tensor, *seen[0][1:])]  # none before has to fit
     if not places or any(place is None or place != places[0] for place in places):
         return None
     at = places[0]
@@ -119,7 +135,8 @@ def _record(
         call = Call(args, kwargs, at)  # type: ignore[arg-type]
         calls.append(replace(call, **_without_hidden(call)))
     assert first is not None
-    return first, calls
+    assert made[-1] is not None
+    return first, calls, made[-1]
 
 
 def _without_hidden(call: Call) -> dict[str, Any]:
@@ -130,13 +147,12 @@ def _without_hidden(call: Call) -> dict[str, Any]:
 
 
 def _place_of(
-    hidden: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    is_it: Callable[[Any], bool], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> int | str | None:
-    """Where ``hidden`` was given to the next block."""
-    for place, given in (*enumerate(args), *kwargs.items()):
-        if given is hidden and hidden is not None:
-            return place
-    return None
+    """Where the first argument that ``is_it`` was given."""
+    places: list[int | str] = [*range(len(args)), *kwargs]
+    given = zip(places, (*args, *kwargs.values()), strict=True)
+    return next((place for place, x in given if is_it(x)), None)
 
 
 def _hidden_of(output: Any) -> Tensor:

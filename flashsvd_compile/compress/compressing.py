@@ -102,16 +102,16 @@ def compress_(
     rows: list[CompressRow] = []
     for linear in linears:
         path, size = linear.path, linear.weight_bytes
-        found = fits.get(path) or unfit.get(path) or reasons[path]
-        if isinstance(found, str):
-            rows.append(CompressRow(path, "dense", None, size, size, 0.0, found))
+        fit = fits.get(path) or unfit.get(path) or reasons[path]
+        if isinstance(fit, str):
+            rows.append(CompressRow(path, "dense", None, size, size, 0.0, fit))
             continue
-        row = CompressRow(path, found.kind, found.rank, size, found.bytes, found.error, "",
-                          found.loss)  # fmt: skip
-        rows.append(row)
+        after, error = fit.bytes, fit.error
+        rows.append(CompressRow(path, fit.kind, fit.rank, size, after, error, "", fit.loss))
     for linear in linears:
-        if isinstance(found := fits.get(linear.path), Fitted):
-            replace_(model, linear.paths, found.module)
+        one = fits.get(linear.path)
+        if isinstance(one, Fitted):
+            replace_(model, linear.paths, one.module)
     return CompressReport(share, tuple(rows), bytes_before, model_bytes(model), name)
 
 

@@ -76,19 +76,17 @@ def planned(
     fits: Fits = {}
     joint_of = {path: joint for joint in joints for path in joint.paths}
     for path, one in matrices.items():
-        joint = joint_of.get(path)
-        name = path if joint is None else joint.name
+        pair = joint_of.get(path)
+        name = path if pair is None else pair.name
         rank, made = ranks[name], anchored.made.get(path)
         if rank is None or made is None:
             fits[path] = _factored(how, path, one, rank)
-        elif joint is None:
+        elif pair is None:
             error = one.error_of(made)  # type: ignore[arg-type]
             fits[path] = Fitted(made, one.kind, rank, error, layers[name].losses[rank])
         else:
-            error = error_of(joint, matrices, anchored.made)
+            error = error_of(pair, matrices, anchored.made)
             fits[path] = Fitted(made, "narrow", rank, error, layers[name].losses[rank] / 2)
-        if made is not None:
-            made.method = how.name  # type: ignore[assignment]
     return fits
 
 

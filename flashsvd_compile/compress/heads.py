@@ -86,9 +86,10 @@ def find_projections(model: nn.Module, out_features: Mapping[str, int]) -> list[
                 continue
             layouts = _split_layouts(names, [children[name] for name in names], declared)
             if layouts:
-                query, key, _ = (layouts[name] for name in names)
-                paths = (f"{path}{name}" for name in names)
-                found.append(Projections(*paths, query.num_heads, key.num_heads, query.head_dim))
+                query, key = layouts[names[0]], layouts[names[1]]
+                q, k, v = (f"{path}{name}" for name in names)
+                heads = query.num_heads, key.num_heads, query.head_dim
+                found.append(Projections(q, k, v, *heads))
     return found
 
 

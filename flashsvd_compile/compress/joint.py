@@ -8,6 +8,7 @@ block as it was may be narrowed together (``joint_modules.py``).
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flashsvd_compile.compress.blocks import Blocks
+from flashsvd_compile.compress.blocks import Blocks, watch
 from flashsvd_compile.compress.heads import Projections
 from flashsvd_compile.compress.matrices import Matrices
+
+log = logging.getLogger(__name__)
 
 # A block that rounds to float32 on its way leaves 1e-7; one in which something stands between is
 # off by its own size.
@@ -61,10 +64,13 @@ def find_joints(
         own = [p for p in projections if p.query.startswith(f"{path}.")]
         if not own:
             continue
-        trial = _Trial(blocks, index)
-        for heads in own:
-            found += _joints_of(heads, [p for p in matrices if p.startswith(f"{path}.")],
-                                matrices, trial)  # fmt: skip
+        inside = [p for p in matrices if p.startswith(f"{path}.")]
+        try:
+            trial = _Trial(blocks, index)
+            for heads in own:
+                found += _joints_of(heads, inside, matrices, trial)
+        except Exception as error:  # a block that does not run in float64 is none to narrow
+            log.info("heads of %s are not narrowed: %s", path, error)
     return found
 
 
@@ -122,6 +128,8 @@ class _Trial:
         inverse = torch.linalg.inv(change)
         try:
             if joint.kind == "scores":
+                if not self._read_the_same(first, second):
+                    return False
                 _change_rows(first, change.repeat_interleave(joint.group, 0))
                 alone = self._gap()
                 _change_rows(second, inverse.mT)
@@ -134,6 +142,10 @@ class _Trial:
             for module, parameters in zip((first, second), kept, strict=True):
                 for name, p in module.named_parameters():
                     p.data = parameters[name]
+
+    def _read_the_same(self, first: nn.Module, second: nn.Module) -> bool:
+        seen = watch(self._run, (first, second)).read
+        return len(seen) == 2 and seen[first] is seen[second]
 
     def _gap(self) -> float:
         gap = (self._run() - self._expected).norm() / self._expected.norm()

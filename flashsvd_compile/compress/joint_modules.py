@@ -74,7 +74,10 @@ class _Narrow(nn.Module):
 
 
 class NarrowHeadsLinear(_Narrow):
-    """``y_h = [x W_hᵀ + b_h; 0]`` with ``weight`` [H, r, in]; the output is [.., H·D]."""
+    """``y_h = [x W_hᵀ + b_h; 0]`` with ``weight`` [H, r, in]; the output is [.., H·D].
+
+    ``lift`` [D, r], the identity that puts zeros behind latents, is a buffer and not stored.
+    """
 
     lift: Tensor
 
@@ -92,8 +95,13 @@ class NarrowHeadsLinear(_Narrow):
             (num_heads, rank, in_features), in_features, num_heads * head_dim, head_dim,
             num_heads, rank, num_heads * rank * bias, device, dtype,
         )  # fmt: skip
-        eye = torch.eye(head_dim, rank, device=device, dtype=dtype)
-        self.register_buffer("lift", eye, persistent=False)
+        lift = torch.eye(head_dim, rank, device=device, dtype=dtype)
+        self.register_buffer("lift", lift, persistent=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "lift" in self._buffers:
+            nn.init.eye_(self.lift)
 
     def dense_weight(self) -> Tensor:
         """[out, in], zeros included."""
@@ -102,7 +110,8 @@ class NarrowHeadsLinear(_Narrow):
 
     def forward(self, x: Tensor) -> Tensor:
         latents = F.linear(x, self.weight.flatten(0, 1), self.bias)
-        return F.linear(latents.unflatten(-1, (self.num_heads, self.rank)), self.lift).flatten(-2)
+        lift = self.lift.to(latents.dtype)
+        return F.linear(latents.unflatten(-1, (self.num_heads, self.rank)), lift).flatten(-2)
 
 
 class NarrowInputLinear(_Narrow):

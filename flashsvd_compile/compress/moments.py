@@ -157,15 +157,21 @@ def mask_of(batch: Any) -> Tensor | None:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """No gradients of parameters, no dropout; afterwards as before."""
+    """No gradients of parameters, no dropout, no caches; afterwards as before."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:
+        for config in cached:
+            config.use_cache = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         model.eval()
         yield
     finally:
+        for config in cached:
+            config.use_cache = True
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, training in modes:

@@ -63,6 +63,53 @@ def test_round_trip(family, shards, tmp_path):
     assert_same_logits(fsc.load_checkpoint(tmp_path / "saved"), model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_round_trip_of_narrow_heads(dtype, tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=40,
+        vocab_size=50,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config).to(dtype).eval()
+    calibration = [torch.randint(0, 50, (3, 9)) for _ in range(4)]
+    fsc.compress_(model, keep=0.5, calibration=calibration, include=["*encoder*"])
+    kinds = {path: type(m) for path, m in model.named_modules() if "Narrow" in type(m).__name__}
+    assert {kind.__name__ for kind in kinds.values()} == {"NarrowHeadsLinear", "NarrowInputLinear"}
+    fsc.save_pretrained(model, tmp_path / "saved")
+    entries = block_of(tmp_path / "saved")["modules"]
+    assert {entries[path]["kind"] for path in kinds} == {"narrow_heads", "narrow_input"}
+    loaded = fsc.from_pretrained(tmp_path / "saved")
+    assert {path: type(loaded.get_submodule(path)) for path in kinds} == kinds
+    assert torch.equal(logits(loaded), logits(model))
+    half = fsc.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert logits(half).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("query", {"rank": 9}, r"rank must be in \[1, 8\]"),
+        ("query", {"num_heads": 2}, r"is \[24, 24\], which .* is not"),
+        ("output.dense", {"num_heads": 2}, r"is \[24, 24\], which .* is not"),
+    ],
+)
+def test_narrow_heads_of_another_shape(path, changes, message, tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=1, intermediate_size=40,
+        vocab_size=50,
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).double().eval()
+    calibration = [torch.randint(0, 50, (3, 9)) for _ in range(4)]
+    fsc.compress_(model, keep=0.5, calibration=calibration, include=["*attention*"])
+    fsc.save_pretrained(model, tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    content = json.loads(file.read_text())
+    names = [n for n in content["flashsvd"]["modules"] if n.endswith(path)]
+    content["flashsvd"]["modules"][names[0]] |= changes
+    file.write_text(json.dumps(content))
+    with pytest.raises(fsc.CheckpointError, match=message):
+        fsc.from_pretrained(tmp_path / "saved")
+
+
 _TWO_SIDES = {
     "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3,
     "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "vocab_size": 50,
