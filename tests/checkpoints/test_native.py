@@ -97,7 +97,7 @@ def test_narrow_heads_of_another_shape(path, changes, message, tmp_path):
         hidden_size=24, num_attention_heads=3, num_hidden_layers=1, intermediate_size=40,
         vocab_size=50,
     )  # fmt: skip
-    model = transformers.BertModel(config, add_pooling_layer=False).double().eval()
+    model = transformers.BertForMaskedLM(config).double().eval()
     calibration = [torch.randint(0, 50, (3, 9)) for _ in range(4)]
     fsc.compress_(model, keep=0.5, calibration=calibration, include=["*attention*"])
     fsc.save_pretrained(model, tmp_path / "saved")
@@ -448,7 +448,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
          r"query has kind 'per_hat'.*nearest is 'per_head'"),
         (lambda b: b["modules"][QUERY].update(rank=99), r"query: rank must be in"),
         (lambda b: b["modules"][QUERY].update(rank="4"), r"query needs whole numbers"),
-        (lambda b: b["modules"][QUERY].update(num_heads=2), r"query has 24 features"),
+        (lambda b: b["modules"][QUERY].update(num_heads=2), r"query is \[24, 24\], which"),
         (lambda b: b["modules"][QUERY].update(rank=3),
          r"query\.u is \[3, 4, 24\], the model's is \[3, 3, 24\]"),
         (lambda b: b["modules"].update(bert={"kind": "matrix"}), r"bert is no linear"),
