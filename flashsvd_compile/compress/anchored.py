@@ -61,8 +61,8 @@ class Anchored:
             own = {self._dense[p]: p for p in self._matrices if p.startswith(f"{path}.")}
             for stage in stages_of(self._blocks, index, dense[0], own):
                 wanted = {p: at for p, at in stage.items() if ranks[self._unit(p)] is not None}
-                if wanted:
-                    sums = self._sums(index, wanted, dense, compressed)
+                sums = self._sums(index, wanted, dense, compressed) if wanted else None
+                if sums is not None:
                     for one in wanted:
                         self._fit(one, sums, ranks)
             dense_next = self._runs(index, dense)
@@ -90,30 +90,42 @@ class Anchored:
 
     def _sums(
         self, index: int, stage: Stage, dense: Sequence[Tensor], off: Sequence[Tensor]
-    ) -> Sums:
-        """Of what the compressed block gives ``stage`` to read, and what it should return."""
+    ) -> Sums | None:
+        """Of what the compressed block gives ``stage`` to read, and what it should return.
+
+        None where they cannot be compared: tokens may have gone to another expert.
+        """
         modules = [self._dense[path] for path in stage]
         sums = Sums()
         for batch, mask in enumerate(self._masks):
             real = RealTokens(mask)
-            _, _, wanted = self._seen(index, batch, stage, modules, dense[batch])
+            before = self._seen(index, batch, stage, modules, dense[batch])
             with self._in_place():
-                x, returned, now = self._seen(index, batch, stage, modules, off[batch])
+                after = self._seen(index, batch, stage, modules, off[batch])
+            if before is None or after is None:
+                return None
+            (_, _, wanted), (x, returned, now) = before, after
+            if any(y.shape != z.shape for y, z in zip(wanted, now, strict=True)):
+                return None
             targets = (
-                real.of(want - had + y) for want, had, y in zip(wanted, now, returned, strict=True)
+                real.of(want.float() - had.float() + y.float())
+                for want, had, y in zip(wanted, now, returned, strict=True)
             )
             sums.add(real.of(x), dict(zip(stage, targets, strict=True)))
         return sums
 
     def _seen(
         self, index: int, batch: int, stage: Stage, modules: Sequence[nn.Module], hidden: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """What the dense linears of ``stage`` read and return, and the sums that it goes into."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+        """What the dense linears of ``stage`` read and return, and the sums that it goes into; None
+        where one is not called."""
         readers = {place.module for place in stage.values() if place and place.module}
         seen = watch(
             lambda: self._blocks.run(index, batch, hidden),
             {modules[0], *readers}, modules, any(p and not p.module for p in stage.values()),
         )  # fmt: skip
+        if not seen.returned.keys() >= set(modules) or not seen.read.keys() >= readers:
+            return None
         returned = [seen.returned[module] for module in modules]
         sums = [
             y if place is None else seen.at(place.module)

@@ -36,6 +36,9 @@ class Fitted:
         return sum(parameter_bytes(p) for name, p in own if name != "bias")
 
 
+_NARROWING_LOSES = "heads that are narrowed lose more than their bytes are worth"
+_NOT_COMPARED = "what it reads when it is compressed cannot be compared"
+
 # By path what takes a linear's place, or why it stays.
 Fits = dict[str, Fitted | str]
 
@@ -79,7 +82,9 @@ def planned(
         pair = joint_of.get(path)
         name = path if pair is None else pair.name
         rank, made = ranks[name], anchored.made.get(path)
-        if rank is None or made is None:
+        if pair is not None and not anchored.made.keys() >= set(pair.paths):
+            fits[path] = _NARROWING_LOSES if rank is None else _NOT_COMPARED
+        elif rank is None or made is None:
             fits[path] = _factored(how, path, one, rank)
         elif pair is None:
             error = one.error_of(made)  # type: ignore[arg-type]

@@ -10,13 +10,14 @@ block as it was may be narrowed together (``joint_modules.py``).
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flashsvd_compile.compress.blocks import Blocks, watch
+from flashsvd_compile.compress.blocks import Blocks
 from flashsvd_compile.compress.heads import Projections
 from flashsvd_compile.compress.matrices import Matrices
 
@@ -127,8 +128,11 @@ class _Trial:
         change = (q * scales[:, None]).to(self._expected.device)  # well conditioned
         inverse = torch.linalg.inv(change)
         try:
+            calls = self._calls(first, second)
+            if sorted(id(module) for module, _ in calls) != sorted(map(id, (first, second))):
+                return False
             if joint.kind == "scores":
-                if not self._read_the_same(first, second):
+                if calls[0][1] is not calls[1][1]:
                     return False
                 _change_rows(first, change.repeat_interleave(joint.group, 0))
                 alone = self._gap()
@@ -143,9 +147,17 @@ class _Trial:
                 for name, p in module.named_parameters():
                     p.data = parameters[name]
 
-    def _read_the_same(self, first: nn.Module, second: nn.Module) -> bool:
-        seen = watch(self._run, (first, second)).read
-        return len(seen) == 2 and seen[first] is seen[second]
+    def _calls(self, *modules: nn.Module) -> list[tuple[nn.Module, Any]]:
+        """Each call of ``modules``, and what it reads."""
+        calls: list[tuple[nn.Module, Any]] = []
+        with ExitStack() as stack:
+            for module in modules:
+                hook = module.register_forward_pre_hook(
+                    lambda module, args: calls.append((module, args[0]))
+                )
+                stack.callback(hook.remove)
+            self._run()
+        return calls
 
     def _gap(self) -> float:
         gap = (self._run() - self._expected).norm() / self._expected.norm()

@@ -1,5 +1,6 @@
 """A block's linears in the order of their calls, and the residual sums that they go into."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -28,7 +29,8 @@ def stages_of(
 ) -> list[Stage]:
     """The linears ``own`` of a block, those that read the same together, by path.
 
-    ``hidden``: what the block reads of the first batch, on which this is found.
+    ``hidden``: what the block reads of the first batch, on which this is found. What is not called
+    then, or more than once, is in none.
     """
     order: list[tuple[nn.Module, Tensor]] = []
 
@@ -43,8 +45,9 @@ def stages_of(
         returned = watch(lambda: blocks.run(index, 0, hidden), (), own, True).returned
     stages: list[Stage] = []
     last = None
+    calls = Counter(module for module, _ in order)
     for place, (module, read) in enumerate(order):
-        if module not in own:
+        if module not in own or calls[module] > 1:
             continue
         if read is not last:
             stages.append({})

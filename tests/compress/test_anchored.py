@@ -333,3 +333,58 @@ def test_calibration_may_be_read_once():
     model = spread(bert())
     report = fsc.compress_(model, keep=0.5, calibration=iter(tokens()), include=["encoder.*"])
     assert any(row.kind == "narrow" for row in report.rows)
+
+
+class Experts(nn.Module):
+    """Each token goes through one of three linears; the last is rarely called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 32)
+        made, chosen = torch.zeros_like(flat), flat[:, :3].argmax(1)
+        for index, expert in enumerate(self.experts):
+            if (chosen == index).any():
+                made[chosen == index] = expert(flat[chosen == index])
+        return x + self.out(made.relu()).view_as(x)
+
+
+def test_experts_are_factored_for_themselves():
+    """What a compressed block sends to another expert has no counterpart."""
+    model = spread(Stack(Experts(), Experts()))
+    given = [torch.randn(3, 10, 32) for _ in range(4)]
+    given[0][..., 2] = -9  # the third is not called in the first batch
+    made = copy.deepcopy(model)
+    report = fsc.compress_(made, keep=0.5, calibration=given)
+    assert [row.kind for row in report.rows].count("matrix") >= 6
+    assert gap(model, made, given) < 0.5
+
+
+class Shared(Normed):
+    """One linear makes queries and, of other inputs, the output, too."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.up(super().forward(self.up(x)))
+
+
+def test_a_linear_that_is_called_twice_is_factored_for_itself():
+    model = Stack(Shared(), Shared())
+    report = fsc.compress_(model, keep=0.5, calibration=[torch.randn(3, 10, 32) for _ in range(4)])
+    kinds = {row.path.rpartition(".")[2]: row.kind for row in report.rows}
+    assert kinds["up"] in ("matrix", "dense")
+    assert kinds["q_proj"] == "narrow"
+
+
+def test_in_half_precision():
+    model = spread(bert()).bfloat16()
+    made = copy.deepcopy(model)
+    fsc.compress_(made, keep=0.6, calibration=tokens(), include=["encoder.*"])
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+    assert gap(model.float(), made.float(), tokens(3)) < 0.5
