@@ -7,20 +7,25 @@ sum: it returns, too, what the residual lacks. As AA-SVD and SAES-SVD (2026), wi
 outputs, and with heads that are narrowed on both sides at once (``narrowing.py``).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from flashsvd_compile.compress import fits
 from flashsvd_compile.compress.blocks import Blocks, watch
-from flashsvd_compile.compress.fits import spectrum_of
 from flashsvd_compile.compress.joint import Joint
 from flashsvd_compile.compress.joint_modules import NarrowHeadsLinear, NarrowInputLinear
 from flashsvd_compile.compress.linears import replace_
 from flashsvd_compile.compress.matrices import Matrices, inherit
 from flashsvd_compile.compress.moments import Moments, RealTokens
-from flashsvd_compile.compress.narrowing import spectrum_of_scores, spectrum_of_values
+from flashsvd_compile.compress.narrowing import (
+    spectrum_of,
+    spectrum_of_scores,
+    spectrum_of_values,
+)
 from flashsvd_compile.compress.regression import Moved, Sums, drawn_to, moved
 from flashsvd_compile.compress.stages import Stage, stages_of
 
@@ -29,6 +34,9 @@ from flashsvd_compile.compress.stages import Stage, stages_of
 # 0.0473, 0.0469, 0.0469 at 0.5 (mean |Δcos| of `bench.fidelity`, 2026-11-27).
 RIDGE = 0.03
 RIDGE_OF_NARROWED = 0.003
+
+
+log = logging.getLogger(__name__)
 
 
 class Anchored:
@@ -45,6 +53,7 @@ class Anchored:
     ) -> None:
         self._model, self._blocks, self._matrices = model, blocks, matrices
         self._moments, self._masks = moments, masks
+        self._joints = joints
         self._joint_of = {path: joint for joint in joints for path in joint.paths}
         self._dense = {path: one.linear.module for path, one in matrices.items()}
         self._values: dict[str, Moved] = {}
@@ -62,11 +71,15 @@ class Anchored:
             for stage in stages_of(self._blocks, index, dense[0], own):
                 wanted = {p: at for p, at in stage.items() if ranks[self._unit(p)] is not None}
                 sums = self._sums(index, wanted, dense, compressed) if wanted else None
-                if sums is not None:
-                    for one in wanted:
-                        self._fit(one, sums, ranks)
+                for one in wanted:
+                    self._fit(one, sums, ranks)
+            for joint in self._joints:
+                rank = ranks[joint.name]
+                is_done = self.made.keys() >= set(joint.paths) and joint.first not in self._values
+                if rank is not None and joint.first.startswith(f"{path}.") and not is_done:
+                    self._alone(joint, rank)
             dense_next = self._runs(index, dense)
-            with self._in_place():
+            with self._in_place(index):
                 compressed = self._runs(index, compressed)
             dense = dense_next
             yield path
@@ -78,14 +91,15 @@ class Anchored:
         return [self._blocks.run(index, batch, x) for batch, x in enumerate(hidden)]
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """The model with what has been made."""
+    def _in_place(self, index: int) -> Iterator[None]:
+        """The block with what has been made of it."""
+        own = [path for path in self.made if path.startswith(f"{self._blocks.paths[index]}.")]
         try:
-            for path, module in self.made.items():
-                replace_(self._model, self._matrices[path].linear.paths, module)
+            for path in own:
+                replace_(self._model, self._matrices[path].linear.paths, self.made[path])
             yield
         finally:
-            for path in self.made:
+            for path in own:
                 replace_(self._model, self._matrices[path].linear.paths, self._dense[path])
 
     def _sums(
@@ -100,7 +114,7 @@ class Anchored:
         for batch, mask in enumerate(self._masks):
             real = RealTokens(mask)
             before = self._seen(index, batch, stage, modules, dense[batch])
-            with self._in_place():
+            with self._in_place(index):
                 after = self._seen(index, batch, stage, modules, off[batch])
             if before is None or after is None:
                 return None
@@ -133,9 +147,36 @@ class Anchored:
         ]
         return seen.read[modules[0]], returned, sums
 
-    def _fit(self, path: str, sums: Sums, ranks: Mapping[str, int | None]) -> None:
+    def _fit(self, path: str, sums: Sums | None, ranks: Mapping[str, int | None]) -> None:
+        """Without ``sums``, or where they tell nothing, a pair is narrowed as it stands and a
+        matrix left to be factored for itself."""
         rank, joint = ranks[self._unit(path)], self._joint_of.get(path)
         assert rank is not None
+        try:
+            if sums is not None and sums.tokens:
+                self._fit_to(path, sums, rank, joint)
+                return
+        except torch.linalg.LinAlgError as error:
+            log.info("%s is factored for itself: %s", path, error)
+        if joint is not None:
+            self._alone(joint, rank)
+
+    def _alone(self, joint: Joint, rank: int) -> None:
+        """The pair narrowed by what calibration told of the dense model."""
+        first, second = (self._matrices[path] for path in joint.paths)
+        whole = [_as_it_is(one) for one in (first, second)]
+        u, v = spectrum_of(joint, self._matrices, self._moments).factors(rank)
+        self._values.pop(joint.first, None)
+        if joint.kind == "scores":
+            of_queries = u.repeat_interleave(joint.group, 0)
+            self.made[joint.first] = self._narrowed(joint.first, whole[0], of_queries)
+            self.made[joint.second] = self._narrowed(joint.second, whole[1], v.mT)
+        else:
+            self.made[joint.first] = self._narrowed(joint.first, whole[0], u)
+            made = _lifted(joint, second, v)
+            self.made[joint.second] = self._reading(joint, made, whole[1].bias)
+
+    def _fit_to(self, path: str, sums: Sums, rank: int, joint: Joint | None) -> None:
         if joint is None:
             self.made[path] = self._matrix(path, sums, rank)
         elif joint.kind == "values":
@@ -155,7 +196,7 @@ class Anchored:
         one, found = self._matrices[path], self._moved(path, sums)
         stacked = found.weight.reshape(*one.lead, *one.shape)
         inputs = sums.inputs(found.bias is not None)
-        u, v = spectrum_of(stacked, inputs, self._moments[path].outputs).factors(rank)
+        u, v = fits.spectrum_of(stacked, inputs, self._moments[path].outputs).factors(rank)
         made = one.module(u, v, rank)
         made.method = "planned"
         if found.bias is not None:
@@ -169,7 +210,7 @@ class Anchored:
         moment = q @ sums.inputs(False) @ q.mT
         if query.bias is not None:
             bias = query.bias.reshape(*joint.shape, 1)
-            crossed = (q @ (sums.x / sums.tokens))[..., None] @ bias.mT
+            crossed = (q @ sums.mean)[..., None] @ bias.mT
             moment = moment + crossed + crossed.mT + bias @ bias.mT
         u, v = spectrum_of_scores(joint, moment, self._moments).factors(rank)
         of_queries = u.repeat_interleave(joint.group, 0)
@@ -184,19 +225,24 @@ class Anchored:
         value = self._values.pop(joint.first)
         self.made[joint.first] = self._narrowed(joint.first, value, u)
 
-        u, v = (x.repeat_interleave(joint.group, 0) for x in (u, v))
-        heads = len(u)
-        weight = one.weight.double().reshape(-1, heads, joint.head_dim)
-        start = torch.einsum("ohd,hdr->ohr", weight, v).flatten(1)
+        u = u.repeat_interleave(joint.group, 0)
+        start = _lifted(joint, one, v).flatten(1)
         read = torch.block_diag(*u)  # from all features to all latents
         narrow = read @ inputs @ read.mT
         fitted = drawn_to(start, crossed @ read.mT - start @ narrow, narrow, RIDGE_OF_NARROWED)
+        bias = sums.bias(joint.second, fitted @ read) if has_bias else None
+        self.made[joint.second] = self._reading(joint, fitted.reshape(-1, len(u), rank), bias)
+
+    def _reading(self, joint: Joint, weight: Tensor, bias: Tensor | None) -> NarrowInputLinear:
+        """What reads heads with ``weight`` [out, H, r]."""
+        one = self._matrices[joint.second]
+        out_features, heads, rank = weight.shape
         with torch.device("meta"):
-            made = NarrowInputLinear(len(fitted), heads, joint.head_dim, rank, bias=False)
-        made.weight = _parameter(fitted.reshape(len(fitted), heads, rank), one)
-        if has_bias:
-            made.bias = _parameter(sums.bias(joint.second, fitted @ read), one)
-        self.made[joint.second] = inherit(made, one.linear.module)
+            made = NarrowInputLinear(out_features, heads, joint.head_dim, rank, bias=False)
+        made.weight = _parameter(weight, one)
+        if bias is not None:
+            made.bias = _parameter(bias, one)
+        return inherit(made, one.linear.module)
 
     def _narrowed(self, path: str, whole: Moved, change: Tensor) -> NarrowHeadsLinear:
         """Heads of ``whole`` behind ``change`` [heads, r, D]."""
@@ -211,6 +257,18 @@ class Anchored:
         if whole.bias is not None:
             made.bias = _parameter((change @ whole.bias.reshape(heads, head_dim, 1)).flatten(), one)
         return inherit(made, one.linear.module)
+
+
+def _as_it_is(one: Matrices) -> Moved:
+    bias = one.linear.module.bias
+    return Moved(one.weight.double(), bias.double() if isinstance(bias, Tensor) else None)
+
+
+def _lifted(joint: Joint, output: Matrices, lift: Tensor) -> Tensor:
+    """The output projection [out, H, r] behind ``lift`` [heads, D, r]."""
+    lifts = lift.repeat_interleave(joint.group, 0)
+    weight = output.weight.double().reshape(-1, len(lifts), joint.head_dim)
+    return torch.einsum("ohd,hdr->ohr", weight, lifts)
 
 
 def _parameter(value: Tensor, one: Matrices) -> nn.Parameter:

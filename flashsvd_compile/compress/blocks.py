@@ -4,6 +4,7 @@ Transformers keep their layers in a list and call them one after another: what t
 one's output is, the next one reads. That is looked for, not assumed.
 """
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd_compile.compress.moments import called
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,46 +53,48 @@ class Blocks:
 def find_blocks(model: nn.Module, paths: Iterable[str], batches: Sequence[Any]) -> Blocks | None:
     """The blocks that hold most of the linears at ``paths``; None where they are not called one
     after another, once for each of ``batches``. The model has to be in evaluation mode."""
-    found = _longest_list(model, list(paths))
-    if found is None:
-        return None
-    names, modules = found
-    calls, firsts = [], []
-    last = None
-    for batch in batches:
-        seen = _record(model, modules, batch)
-        if seen is None:
-            return None
-        hidden, own, last = seen
-        firsts.append(hidden)
-        calls.append(own)
-    blocks = Blocks(names, modules, calls, firsts)
-    return blocks if last is not None and _repeats(blocks, last) else None
+    for names, modules in _lists(model, list(paths)):
+        calls, firsts = [], []
+        last = None
+        for batch in batches:
+            seen = _record(model, modules, batch)
+            if seen is None:
+                break
+            hidden, own, last = seen
+            firsts.append(hidden)
+            calls.append(own)
+        blocks = Blocks(names, modules, calls, firsts)
+        if len(calls) == len(batches) and last is not None and _repeats(blocks, last):
+            return blocks
+    return None
 
 
 def _repeats(blocks: Blocks, last: Tensor) -> bool:
     """Whether the last batch makes ``last`` again: a block may depend on what ran before."""
     batch = len(blocks.hidden) - 1
     hidden = blocks.hidden[batch]
-    for index in range(len(blocks.modules)):
-        hidden = blocks.run(index, batch, hidden)
+    try:
+        for index in range(len(blocks.modules)):
+            hidden = blocks.run(index, batch, hidden)
+    except Exception as error:
+        log.info("%s cannot be run again: %s", blocks.paths[0], error)
+        return False
     return hidden.shape == last.shape and torch.allclose(hidden, last, rtol=1e-3, atol=1e-5)
 
 
-def _longest_list(
-    model: nn.Module, paths: Sequence[str]
-) -> tuple[list[str], list[nn.Module]] | None:
-    best: tuple[int, list[str], list[nn.Module]] | None = None
+def _lists(model: nn.Module, paths: Sequence[str]) -> list[tuple[list[str], list[nn.Module]]]:
+    """Lists of modules that hold linears: first what has many of them in many parts."""
+    found: list[tuple[float, list[str], list[nn.Module]]] = []
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-        inside = tuple(f"{name}." for name in names)
-        held = sum(linear.startswith(inside) for linear in paths)
-        # Of lists within lists the outer one.
-        if held and (best is None or held > best[0]):
-            best = held, names, list(module.children())
-    return None if best is None else best[1:]
+        held = [sum(linear.startswith(f"{name}.") for linear in paths) for name in names]
+        if any(held):
+            # A pipeline of an encoder and a head holds more than the encoder's list, in two parts.
+            worth = sum(held) * (1 - 0.9 / sum(map(bool, held)))
+            found.append((worth, names, list(module.children())))
+    return [one[1:] for one in sorted(found, key=lambda one: -one[0])]
 
 
 def _record(
@@ -117,6 +122,8 @@ def _record(
         called(model, batch)
     if [module for module, _, _ in seen] != list(blocks) or len(made) != len(seen):
         return None
+    if any(_is_written_to(x) for _, args, kwargs in seen for x in (*args, *kwargs.values())):
+        return None
     places = [
         None if hidden is None else _place_of(partial(operator.is_, hidden), args, kwargs)
         for hidden, (_, args, kwargs) in zip(made, seen[1:], strict=False)
@@ -137,6 +144,11 @@ def _record(
     assert first is not None
     assert made[-1] is not None
     return first, calls, made[-1]
+
+
+def _is_written_to(given: Any) -> bool:
+    """Caches and dicts, in which a block leaves something for the next one."""
+    return not isinstance(given, Tensor) and hasattr(given, "update")
 
 
 def _without_hidden(call: Call) -> dict[str, Any]:

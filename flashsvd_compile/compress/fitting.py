@@ -10,8 +10,13 @@ from tqdm import tqdm
 from flashsvd_compile.compress.anchored import Anchored
 from flashsvd_compile.compress.blocks import find_blocks
 from flashsvd_compile.compress.heads import Projections
-from flashsvd_compile.compress.joint import Joint, find_joints
-from flashsvd_compile.compress.linears import parameter_bytes
+from flashsvd_compile.compress.joint import Joint, find_joints, unseen_outside
+from flashsvd_compile.compress.linears import (
+    holders_of,
+    module_paths,
+    parameter_bytes,
+    sharing,
+)
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.methods import Method
 from flashsvd_compile.compress.moments import in_evaluation, mask_of
@@ -36,9 +41,6 @@ class Fitted:
         return sum(parameter_bytes(p) for name, p in own if name != "bias")
 
 
-_NARROWING_LOSES = "heads that are narrowed lose more than their bytes are worth"
-_NOT_COMPARED = "what it reads when it is compressed cannot be compared"
-
 # By path what takes a linear's place, or why it stays.
 Fits = dict[str, Fitted | str]
 
@@ -61,29 +63,34 @@ def planned(
 ) -> Fits:
     """Ranks from one list over the whole model; blocks fitted one after another, where the model
     has any, and heads narrowed on both sides, where nothing stands between."""
+    alone = _held_elsewhere(model, matrices)
+    free = {path: one for path, one in matrices.items() if path not in alone}
     with in_evaluation(model):
-        blocks = find_blocks(model, matrices, batches)
-        if blocks is None:
-            return matrix_by_matrix(how, matrices, keep)
-        joints = find_joints(blocks, matrices, projections)
-        layers = {path: how.layer(path, one) for path, one in matrices.items()}
-        for joint in joints:
-            layers[joint.name] = _together(joint, [layers.pop(p) for p in joint.paths], how,
-                                           matrices)  # fmt: skip
-        whole = sum(one.linear.weight_bytes for one in matrices.values())
-        ranks = plan_ranks(layers, int(keep * whole + 1e-6))
-        masks = [mask_of(batch) for batch in batches]
-        anchored = Anchored(model, blocks, matrices, joints, how.moments, masks)
-        for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
-            pass
+        blocks = find_blocks(model, free, batches)
+        if blocks is not None:
+            joints = unseen_outside(model, find_joints(blocks, free, projections), free, batches[0])
+            layers = {path: how.layer(path, one) for path, one in matrices.items()}
+            for joint in joints:
+                both = [layers.pop(path) for path in joint.paths]
+                layers[joint.name] = _together(joint, both, how, matrices)
+            whole = sum(one.linear.weight_bytes for one in matrices.values())
+            ranks = plan_ranks(layers, int(keep * whole + 1e-6))
+            masks = [mask_of(batch) for batch in batches]
+            anchored = Anchored(model, blocks, free, joints, how.moments, masks)
+            for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
+                pass
+    if blocks is None:
+        return matrix_by_matrix(how, matrices, keep)
     fits: Fits = {}
     joint_of = {path: joint for joint in joints for path in joint.paths}
     for path, one in matrices.items():
         pair = joint_of.get(path)
         name = path if pair is None else pair.name
         rank, made = ranks[name], anchored.made.get(path)
-        if pair is not None and not anchored.made.keys() >= set(pair.paths):
-            fits[path] = _NARROWING_LOSES if rank is None else _NOT_COMPARED
+        if made is not None:
+            _train_as(one.linear.module, made)
+        if pair is not None and (made is None or rank is None):
+            fits[path] = "heads that are narrowed lose more than their bytes are worth"
         elif rank is None or made is None:
             fits[path] = _factored(how, path, one, rank)
         elif pair is None:
@@ -93,6 +100,26 @@ def planned(
             error = error_of(pair, matrices, anchored.made)
             fits[path] = Fitted(made, "narrow", rank, error, layers[name].losses[rank] / 2)
     return fits
+
+
+def _held_elsewhere(model: nn.Module, matrices: Mapping[str, Matrices]) -> set[str]:
+    """Linears that are used in several places, or whose bias is: what suits one place would not
+    suit the others."""
+    paths = module_paths(model)
+    holders = holders_of(paths)
+    return {
+        path
+        for path, one in matrices.items()
+        if len(one.linear.paths) > 1 or sharing(one.linear.module, "bias", paths, holders)
+    }
+
+
+def _train_as(dense: nn.Module, made: nn.Module) -> None:
+    """What was frozen stays so, and only that."""
+    flags = {name: p.requires_grad for name, p in dense.named_parameters()}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(flags["bias" if name == "bias" else "weight"])
+    made.train(dense.training)
 
 
 def _together(

@@ -9,8 +9,8 @@ block as it was may be narrowed together (``joint_modules.py``).
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from flashsvd_compile.compress.blocks import Blocks
 from flashsvd_compile.compress.heads import Projections
 from flashsvd_compile.compress.matrices import Matrices
+from flashsvd_compile.compress.moments import called, first_tensor
 
 log = logging.getLogger(__name__)
 
 # A block that rounds to float32 on its way leaves 1e-7; one in which something stands between is
 # off by its own size.
 SAME = 1e-4
+SAME_AT_THE_END = 1e-3  # of a whole model in float32
 ROWS = 2  # of a batch, to try with
 
 
@@ -75,6 +77,61 @@ def find_joints(
     return found
 
 
+@torch.no_grad()
+def unseen_outside(
+    model: nn.Module, joints: Sequence[Joint], matrices: Mapping[str, Matrices], batch: Any
+) -> list[Joint]:
+    """Those of ``joints`` whose changes leave all of the model's output as it is, too: what one
+    block makes of a head may be read by others."""
+    expected = first_tensor(called(model, batch)).double()
+    same = max(SAME_AT_THE_END, 8 * torch.finfo(first_tensor(called(model, batch)).dtype).eps)
+
+    def leave(tried: Sequence[Joint]) -> bool:
+        with ExitStack() as stack:
+            for joint in tried:
+                modules = [matrices[path].linear.module for path in joint.paths]
+                stack.enter_context(_changed(joint, *modules))
+            gap = (first_tensor(called(model, batch)).double() - expected).norm()
+        return bool(gap <= same * expected.norm())
+
+    if leave(joints):
+        return list(joints)
+    return [joint for joint in joints if leave([joint])]
+
+
+@contextmanager
+def _changed(joint: Joint, first: nn.Module, second: nn.Module | None) -> Iterator[None]:
+    """Heads changed on the side of ``first``, and back on that of ``second``, if it is given."""
+    modules = [module for module in (first, second) if module is not None]
+    kept = [(p, p.data) for module in modules for p in module.parameters()]
+    weight: Any = first.weight
+    change = _change(joint).to(weight.device, weight.dtype)
+    back = torch.linalg.inv(_change(joint)).to(weight.device, weight.dtype)
+    try:
+        if joint.kind == "scores":
+            _change_rows(first, change.repeat_interleave(joint.group, 0))
+        else:
+            _change_rows(first, change)
+        if second is not None and joint.kind == "scores":
+            _change_rows(second, back.mT)
+        elif second is not None:
+            _change_columns(second, back.repeat_interleave(joint.group, 0))
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _change(joint: Joint) -> Tensor:
+    """A well-conditioned matrix for each head of keys or values."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (joint.heads, joint.head_dim, joint.head_dim)
+    q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return (
+        q * (0.5 + 1.5 * torch.rand(shape[:2], generator=generator, dtype=torch.float64))[:, None]
+    )
+
+
 def _joints_of(
     heads: Projections, paths: Sequence[str], matrices: Mapping[str, Matrices], trial: "_Trial"
 ) -> list[Joint]:
@@ -117,35 +174,15 @@ class _Trial:
     def leaves(self, joint: Joint) -> bool:
         """Whether the block stays the same under changes that cancel in heads, and only so."""
         first, second = (self._module(path) for path in joint.paths)
-        kept = [
-            {name: p.detach().clone() for name, p in module.named_parameters()}
-            for module in (first, second)
-        ]
-        generator = torch.Generator().manual_seed(0)
-        shape = (joint.heads, joint.head_dim, joint.head_dim)
-        q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-        scales = 0.5 + 1.5 * torch.rand(shape[:2], generator=generator, dtype=torch.float64)
-        change = (q * scales[:, None]).to(self._expected.device)  # well conditioned
-        inverse = torch.linalg.inv(change)
-        try:
-            calls = self._calls(first, second)
-            if sorted(id(module) for module, _ in calls) != sorted(map(id, (first, second))):
-                return False
-            if joint.kind == "scores":
-                if calls[0][1] is not calls[1][1]:
-                    return False
-                _change_rows(first, change.repeat_interleave(joint.group, 0))
-                alone = self._gap()
-                _change_rows(second, inverse.mT)
-            else:
-                _change_rows(first, change)
-                alone = self._gap()
-                _change_columns(second, inverse.repeat_interleave(joint.group, 0))
+        calls = self._calls(first, second)
+        if sorted(id(module) for module, _ in calls) != sorted(map(id, (first, second))):
+            return False
+        if joint.kind == "scores" and calls[0][1] is not calls[1][1]:
+            return False
+        with _changed(joint, first, None):
+            alone = self._gap()
+        with _changed(joint, first, second):
             return bool(self._gap() < SAME < alone)
-        finally:
-            for module, parameters in zip((first, second), kept, strict=True):
-                for name, p in module.named_parameters():
-                    p.data = parameters[name]
 
     def _calls(self, *modules: nn.Module) -> list[tuple[nn.Module, Any]]:
         """Each call of ``modules``, and what it reads."""

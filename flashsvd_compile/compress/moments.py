@@ -120,7 +120,7 @@ def _scalar(output: Any, batch: Any, loss: Loss | None, real: RealTokens, seed: 
     """The loss, or the output along a random direction."""
     found = getattr(output, "loss", None) if loss is None else loss(output, batch)
     if found is None:
-        found = _first_tensor(output)
+        found = first_tensor(output)
         if found.dim() > 2:  # of tokens
             found = real.of(found)
     if not found.requires_grad:
@@ -132,7 +132,7 @@ def _scalar(output: Any, batch: Any, loss: Loss | None, real: RealTokens, seed: 
     return (found.float() * direction).sum()
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from flashsvd_compile.compress.fits import Spectrum, spectrum_of, tails
+from flashsvd_compile.compress import fits
+from flashsvd_compile.compress.fits import Spectrum, tails
 from flashsvd_compile.compress.joint import Joint
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.moments import Moments
@@ -22,16 +23,21 @@ def losses_of(
     joint: Joint, matrices: Mapping[str, Matrices], moments: Mapping[str, Moments]
 ) -> list[float]:
     """What narrowing all heads to each rank from 0 on loses."""
+    return tails(spectrum_of(joint, matrices, moments).sigma)
+
+
+def spectrum_of(
+    joint: Joint, matrices: Mapping[str, Matrices], moments: Mapping[str, Moments]
+) -> Spectrum:
+    """By what calibration told of the dense model."""
     path = joint.first if joint.kind == "scores" else joint.second
     found = moments[path]
     assert found.inputs is not None
     inputs = found.inputs.double() / found.tokens
     if joint.kind == "scores":
         queries = matrices[path].weight.double().reshape(*joint.shape, -1)
-        spectrum = spectrum_of_scores(joint, queries @ inputs @ queries.mT, moments)
-    else:
-        spectrum = spectrum_of_values(joint, inputs, matrices[path], moments)
-    return tails(spectrum.sigma)
+        return spectrum_of_scores(joint, queries @ inputs @ queries.mT, moments)
+    return spectrum_of_values(joint, inputs, matrices[path], moments)
 
 
 def spectrum_of_scores(joint: Joint, queries: Tensor, moments: Mapping[str, Moments]) -> Spectrum:
@@ -57,7 +63,7 @@ def spectrum_of_values(
 def _spectrum(inputs: Tensor, outputs: Tensor) -> Spectrum:
     """Of the identity; heads that read the same one share it."""
     eye = torch.eye(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-    return spectrum_of(eye.expand(len(inputs), -1, -1), inputs.mean(1), outputs.sum(1))
+    return fits.spectrum_of(eye.expand(len(inputs), -1, -1), inputs.mean(1), outputs.sum(1))
 
 
 @torch.no_grad()

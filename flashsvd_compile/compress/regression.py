@@ -14,40 +14,65 @@ from torch import Tensor
 
 _TINY = torch.finfo(torch.float64).tiny
 
+# Roundings of float32, squared and summed over many tokens, stay below it.
+LEAST = 1e-6
+
 
 @dataclass
 class Sums:
     """Of inputs x [tokens, in] and targets [tokens, out] by name, over all tokens; float64."""
 
     tokens: int = 0
-    x: Any = 0.0
-    xx: Any = 0.0
-    y: dict[str, Any] = field(default_factory=dict)
-    yx: dict[str, Any] = field(default_factory=dict)
+    _x: Any = 0.0
+    _xx: Any = 0.0
+    _y: dict[str, Any] = field(default_factory=dict)
+    _yx: dict[str, Any] = field(default_factory=dict)
+    # The means of the first tokens are taken off before products are summed in float32, in which
+    # what hardly varies would be lost in roundings of its square.
+    _shift: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
-        x = x.float()
+        if not len(x):
+            return
+        x = self._shifted("", x)
         self.tokens += len(x)
-        self.x = self.x + x.sum(0).double()
-        self.xx = self.xx + (x.mT @ x).double()
+        self._x = self._x + x.sum(0).double()
+        self._xx = self._xx + (x.mT @ x).double()
         for name, target in targets.items():
-            y = target.float()
-            self.y[name] = self.y.get(name, 0.0) + y.sum(0).double()
-            self.yx[name] = self.yx.get(name, 0.0) + (y.mT @ x).double()
+            y = self._shifted(name, target)
+            self._y[name] = self._y.get(name, 0.0) + y.sum(0).double()
+            self._yx[name] = self._yx.get(name, 0.0) + (y.mT @ x).double()
+
+    def _shifted(self, name: str, values: Tensor) -> Tensor:
+        values = values.float()
+        return values - self._shift.setdefault(name, values.mean(0))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._x / self.tokens + self._shift[""].double()
+
+    def _mean_of(self, name: str) -> Tensor:
+        return self._y[name] / self.tokens + self._shift[name].double()
 
     def inputs(self, centred: bool) -> Tensor:
-        """E[x xᵀ], of what is not the mean where ``centred``."""
-        moment = self.xx / self.tokens
-        return moment - torch.outer(self.x, self.x) / self.tokens**2 if centred else moment
+        """E[x xᵀ], of what is not the mean where ``centred``; what hardly varies is taken to vary
+        by `LEAST` of its size."""
+        own = self._x / self.tokens
+        varying = self._xx / self.tokens - torch.outer(own, own)
+        whole = varying + torch.outer(self.mean, self.mean)
+        if not centred:
+            return whole
+        return varying + torch.diag(LEAST * whole.diagonal())
 
     def crossed(self, name: str, centred: bool) -> Tensor:
         """E[t xᵀ], the same."""
-        moment = self.yx[name] / self.tokens
-        return moment - torch.outer(self.y[name], self.x) / self.tokens**2 if centred else moment
+        own = torch.outer(self._y[name], self._x) / self.tokens**2
+        varying = self._yx[name] / self.tokens - own
+        return varying if centred else varying + torch.outer(self._mean_of(name), self.mean)
 
     def bias(self, name: str, weight: Tensor) -> Tensor:
         """What the products of ``weight`` lack of the targets in the mean."""
-        return (self.y[name] - weight @ self.x) / self.tokens
+        return self._mean_of(name) - weight @ self.mean
 
 
 @dataclass(frozen=True)

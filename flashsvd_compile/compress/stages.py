@@ -12,6 +12,7 @@ from flashsvd_compile.compress.blocks import Blocks, watch
 
 # Of what is added to an output, the share that may be missing where it goes: roundings of float32.
 SAME = 1e-3
+TINY = 1e-12
 
 
 class Sum(NamedTuple):
@@ -30,7 +31,7 @@ def stages_of(
     """The linears ``own`` of a block, those that read the same together, by path.
 
     ``hidden``: what the block reads of the first batch, on which this is found. What is not called
-    then, or more than once, is in none.
+    then, or more than once, is in none, nor what reads other tokens, as experts do.
     """
     order: list[tuple[nn.Module, Tensor]] = []
 
@@ -43,22 +44,24 @@ def stages_of(
             if not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(seen).remove)
         returned = watch(lambda: blocks.run(index, 0, hidden), (), own, True).returned
-    stages: list[Stage] = []
-    last = None
+    stages: dict[int, Stage] = {}  # by what is read, which ``order`` keeps alive
     calls = Counter(module for module, _ in order)
     for place, (module, read) in enumerate(order):
-        if module not in own or calls[module] > 1:
+        if module not in own or calls[module] > 1 or _tokens(read) != _tokens(hidden):
             continue
-        if read is not last:
-            stages.append({})
-        y, last = returned[module], read
+        y = returned[module]
         later = (
             Sum(m) for m, x in order[place + 1 :]
             if x.shape == y.shape and x.data_ptr() != y.data_ptr()
         )  # fmt: skip
         found = next(later, Sum(None))
-        stages[-1][own[module]] = found if _adds(blocks, index, hidden, module, found) else None
-    return stages
+        is_sum = _adds(blocks, index, hidden, module, found)
+        stages.setdefault(id(read), {})[own[module]] = found if is_sum else None
+    return list(stages.values())
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
 
 
 def _adds(blocks: Blocks, index: int, hidden: Tensor, module: nn.Module, at: Sum) -> bool:
@@ -73,7 +76,9 @@ def _adds(blocks: Blocks, index: int, hidden: Tensor, module: nn.Module, at: Sum
     added: list[Tensor] = []
 
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        added.append(output.flip(-1))  # of its size, and something else
+        other = output.flip(-1)
+        # As large as what it is added to, so that it does not drown in roundings.
+        added.append(other * (before.norm() / other.norm().clamp_min(TINY)))
         return output + added[-1]
 
     hook = module.register_forward_hook(add)
@@ -83,5 +88,6 @@ def _adds(blocks: Blocks, index: int, hidden: Tensor, module: nn.Module, at: Sum
         hook.remove()
     if len(added) != 1 or after.shape != added[0].shape:
         return False
-    gap = (after - before - added[0]).norm()
-    return bool(gap < SAME * added[0].norm())
+    gap = (after.double() - before.double() - added[0].double()).norm()
+    same = max(SAME, 8 * torch.finfo(after.dtype).eps)
+    return bool(gap < same * added[0].double().norm())

@@ -388,3 +388,158 @@ def test_in_half_precision():
     fsc.compress_(made, keep=0.6, calibration=tokens(), include=["encoder.*"])
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
     assert gap(model.float(), made.float(), tokens(3)) < 0.5
+
+
+# ---- what other places read ---------------------------------------------------------------------
+
+
+def low_rank_keys(model):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("k_proj.weight"):
+                p.view(4, 8, 32)[:, 4:] = 0
+    return model
+
+
+def test_a_linear_of_two_blocks_is_factored_for_itself():
+    model = spread(Stack(Normed(norm=False), Normed(norm=False)))
+    model.blocks[1].q_proj = model.blocks[0].q_proj
+    low_rank_keys(model)
+    given = [torch.randn(3, 10, 32) for _ in range(4)]
+    report = fsc.compress_(model, keep=0.5, calibration=given)
+    kinds = {row.path: row.kind for row in report.rows}
+    assert kinds["blocks.0.q_proj"] in ("per_head", "dense")
+    assert kinds["blocks.0.k_proj"] != "narrow"
+    assert "narrow" in kinds.values()
+
+
+class Kept(Normed):
+    """Attends to the values of the first block, which come along."""
+
+    def forward(self, x, values=None):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x) if values is None else values
+        heads = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))
+        found = nn.functional.scaled_dot_product_attention(*heads)
+        return x + self.out_proj(found.transpose(1, 2).flatten(-2)), v
+
+
+def test_values_that_later_blocks_read_are_not_narrowed():
+    class Passing(Stack):
+        def forward(self, x):
+            values = None
+            for block in self.blocks:
+                x, values = block(x, values)
+            return x
+
+    given = [torch.randn(3, 10, 32) for _ in range(4)]
+    model = spread(Passing(Kept(norm=False), Kept(norm=False)))
+    report = fsc.compress_(model, keep=0.6, calibration=given)
+    kinds = {row.path: row.kind for row in report.rows}
+    assert kinds["blocks.0.v_proj"] != "narrow"
+    assert kinds["blocks.0.out_proj"] != "narrow"
+    assert kinds["blocks.0.q_proj"] == "narrow"
+
+
+def test_tied_biases_stay_tied():
+    model = spread(Stack(Normed(norm=False), Normed(norm=False)))
+    for name in ("q_proj", "v_proj"):
+        getattr(model.blocks[1], name).bias = getattr(model.blocks[0], name).bias
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    given = [torch.randn(3, 10, 32) for _ in range(4)]
+    report = fsc.compress_(model, weight_budget=int(0.6 * whole), calibration=given)
+    assert model.blocks[0].v_proj.bias is model.blocks[1].v_proj.bias
+    assert report.model_bytes_after <= 0.6 * whole
+
+
+# ---- what could not be compared -----------------------------------------------------------------
+
+
+class Sometimes(Normed):
+    """Attends only where there are more than eight tokens."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.up(super().forward(x) if x.shape[1] > 8 else x)
+
+
+def test_a_pair_that_a_batch_does_not_call_is_narrowed_within_the_budget():
+    model = spread(Stack(Sometimes(), Sometimes()))
+    made = copy.deepcopy(model)
+    given = [torch.randn(3, n, 32) for n in (10, 10, 10, 5)]
+    report = fsc.compress_(made, keep=0.6, calibration=given)
+    assert "narrow" in {row.kind for row in report.rows}
+    assert sum(r.bytes_after for r in report.rows) <= 0.6 * sum(r.bytes_before for r in report.rows)
+    assert gap(model, made, given) < 0.5
+
+
+def test_what_hardly_varies_is_fitted_all_the_same():
+    model = spread(bert())
+    with torch.no_grad():
+        for layer in model.encoder.layer:  # four channels are constants
+            layer.output.LayerNorm.weight[:4] = 0
+            layer.output.LayerNorm.bias[:4] = torch.tensor([0.1, 0.1, 1.7, 1.7])
+            layer.attention.self.query.weight.mul_(1e-3)  # and heads attend to all alike
+            layer.attention.self.value.weight[:8] *= 1e-4
+    made = copy.deepcopy(model)
+    fsc.compress_(made, keep=0.6, calibration=tokens(), include=["encoder.*"])
+    assert gap(model, made, tokens(3)) < 0.5
+
+
+def test_queries_and_keys_need_not_be_called_in_a_row():
+    class Turned(Normed):
+        def forward(self, x):
+            q, v, k = self.q_proj(x), self.v_proj(x.roll(1, 1)), self.k_proj(x)
+            heads = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))
+            found = nn.functional.scaled_dot_product_attention(*heads)
+            return x + self.out_proj(found.transpose(1, 2).flatten(-2))
+
+    model = spread(Stack(Turned(), Turned()))
+    report = fsc.compress_(model, keep=0.6, calibration=[torch.randn(3, 10, 32) for _ in range(4)])
+    assert any(row.kind == "narrow" for row in report.rows if row.path.endswith("q_proj"))
+
+
+def test_calibration_that_fills_caches_leaves_them_alone():
+    given = [{**batch, "use_cache": True} for batch in tokens(3)]
+    report = fsc.compress_(spread(llama()), keep=0.5, calibration=given, include=["*layers.*"])
+    assert {row.kind for row in report.rows} <= {"per_head", "matrix", "dense"}
+
+
+# ---- what is left as it was ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_what_was_trained_still_is(train):
+    model = spread(bert()).train(train)
+    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad = name.endswith("bias") or ".0." in name
+    fsc.compress_(model, keep=0.5, calibration=tokens(), include=["encoder.*"])
+    assert all(module.training == train for module in model.modules())
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (name.endswith("bias") or ".0." in name), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_residual_sums_are_found_in_every_dtype(dtype):
+    model = spread(Stack(*(Normed(norm=False) for _ in range(2)))).to(dtype)
+    matrices, blocks, _ = parts(model, [(30 * torch.randn(3, 10, 32)).to(dtype)])
+    own = {one.linear.module: p for p, one in matrices.items() if p.startswith(blocks.paths[0])}
+    places = {}
+    for stage in stages_of(blocks, 0, blocks.hidden[0], own):
+        places |= stage
+    assert [path.rpartition(".")[2] for path, place in places.items() if place] == ["out_proj"]
+
+
+def test_blocks_within_a_pipeline_are_found():
+    inner = Stack(*(Normed(norm=False) for _ in range(4)))
+    model = spread(nn.Sequential(inner, nn.Sequential(nn.Linear(32, 32), nn.ReLU())))
+    given = [torch.randn(3, 10, 32) for _ in range(4)]
+    blocks = find_blocks(model, [linear.path for linear in find_linears(model)], given)
+    assert blocks is not None
+    assert blocks.paths == [f"0.blocks.{index}" for index in range(4)]
+    report = fsc.compress_(model, keep=0.6, calibration=given)
+    assert "narrow" in {row.kind for row in report.rows}
