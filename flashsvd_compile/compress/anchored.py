@@ -152,6 +152,8 @@ class Anchored:
         matrix left to be factored for itself."""
         rank, joint = ranks[self._unit(path)], self._joint_of.get(path)
         assert rank is not None
+        if joint is not None and self.made.keys() >= set(joint.paths):
+            return  # narrowed as it stood
         try:
             if sums is not None and sums.tokens:
                 self._fit_to(path, sums, rank, joint)
@@ -222,7 +224,8 @@ class Anchored:
         has_bias = one.linear.module.bias is not None
         inputs, crossed = sums.inputs(has_bias), sums.crossed(joint.second, has_bias)
         u, v = spectrum_of_values(joint, inputs, one, self._moments).factors(rank)
-        value = self._values.pop(joint.first)
+        # Values of other tokens, an encoder's, were not fitted.
+        value = self._values.pop(joint.first, None) or _as_it_is(self._matrices[joint.first])
         self.made[joint.first] = self._narrowed(joint.first, value, u)
 
         u = u.repeat_interleave(joint.group, 0)

@@ -95,7 +95,7 @@ def _hook(one: Watched, real: RealTokens, needs_gradients: bool) -> Callable[...
         if not needs_gradients:
             return None
         if not out.requires_grad:  # the first of the model: gradients begin here
-            out = out.detach().requires_grad_()
+            out = out.detach().requires_grad_().clone()  # which the model may write into
         out.register_hook(lambda gradient: _seen_gradient(one, real, x, gradient))
         return out
 
