@@ -8,6 +8,10 @@ what an error costs (``fits.py``), and in who gets which rank:
     "fwsvd"     by row Fisher information            the same
     "whitened"  by the inputs' second moment         the same
     "planned"   by its effect on the loss            by loss per byte over the whole model
+
+The last fits blocks in the order of the model, each to what the compressed ones before it give it
+(``anchored.py``), and narrows heads on both sides at once where nothing stands between
+(``joint.py``).
 """
 
 import difflib
@@ -53,7 +57,8 @@ def compress_(
         method: ``"svd"``, ``"fwsvd"``, ``"whitened"`` or ``"planned"``; by default the last where
             there is calibration, else the first.
         calibration: batches of real inputs: mappings are passed to the model by name, tuples by
-            position. Tokens that an ``attention_mask`` leaves out do not count.
+            position. Tokens that an ``attention_mask`` leaves out do not count. All are held in
+            memory meanwhile.
         loss: of the model's output and the batch: a scalar, or a tensor of results that shall stay
             as they are. By default the output's own ``loss`` where it has one (a batch with
             labels), else the output itself stays.

@@ -78,7 +78,8 @@ def _adds(blocks: Blocks, index: int, hidden: Tensor, module: nn.Module, at: Sum
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         other = output.flip(-1)
         # As large as what it is added to, so that it does not drown in roundings.
-        added.append(other * (before.norm() / other.norm().clamp_min(TINY)))
+        scale = before.double().norm() / other.double().norm().clamp_min(TINY)
+        added.append(other * float(scale))
         return output + added[-1]
 
     hook = module.register_forward_hook(add)
