@@ -3,9 +3,9 @@
     q·k  is the same for  q → M⁻ᵀ q, k → M k        o(Σ p v)  for  v → M v, o's columns → M⁻¹
 
 with any invertible M for each head; not where a rotation, a norm or a cache's rounding stands
-between. So that is tried, in float64 and with random M, on a copy of the block, and once more on the
-whole model, of which other blocks may read the heads: what leaves both as they were may be narrowed
-together (``joint_modules.py``).
+between. So that is tried, in float64 and with random M, on a copy of the block, and once more on
+the whole model, of which other blocks may read the heads: what leaves both as they were may be
+narrowed together (``joint_modules.py``).
 """
 
 import copy
