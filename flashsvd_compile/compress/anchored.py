@@ -166,17 +166,15 @@ class Anchored:
     def _alone(self, joint: Joint, rank: int) -> None:
         """The pair narrowed by what calibration told of the dense model."""
         first, second = (self._matrices[path] for path in joint.paths)
-        whole = [_as_it_is(one) for one in (first, second)]
+        before, behind = _as_it_is(first), _as_it_is(second)
         u, v = spectrum_of(joint, self._matrices, self._moments).factors(rank)
         self._values.pop(joint.first, None)
         if joint.kind == "scores":
-            of_queries = u.repeat_interleave(joint.group, 0)
-            self.made[joint.first] = self._narrowed(joint.first, whole[0], of_queries)
-            self.made[joint.second] = self._narrowed(joint.second, whole[1], v.mT)
+            self._put_scores(joint, before, behind, u, v)
         else:
-            self.made[joint.first] = self._narrowed(joint.first, whole[0], u)
+            self.made[joint.first] = self._narrowed(joint.first, before, u)
             made = _lifted(joint, second, v)
-            self.made[joint.second] = self._reading(joint, made, whole[1].bias)
+            self.made[joint.second] = self._reading(joint, made, behind.bias)
 
     def _fit_to(self, path: str, sums: Sums, rank: int, joint: Joint | None) -> None:
         if joint is None:
@@ -215,6 +213,9 @@ class Anchored:
             crossed = (q @ sums.mean)[..., None] @ bias.mT
             moment = moment + crossed + crossed.mT + bias @ bias.mT
         u, v = spectrum_of_scores(joint, moment, self._moments).factors(rank)
+        self._put_scores(joint, query, key, u, v)
+
+    def _put_scores(self, joint: Joint, query: Moved, key: Moved, u: Tensor, v: Tensor) -> None:
         of_queries = u.repeat_interleave(joint.group, 0)
         self.made[joint.first] = self._narrowed(joint.first, query, of_queries)
         self.made[joint.second] = self._narrowed(joint.second, key, v.mT)

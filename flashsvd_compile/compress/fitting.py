@@ -47,10 +47,8 @@ Fits = dict[str, Fitted | str]
 
 def matrix_by_matrix(how: Method, matrices: Mapping[str, Matrices], keep: float) -> Fits:
     """Each factored for itself."""
-    fits: Fits = {}
-    for path, rank in how.ranks(matrices, keep).items():
-        fits[path] = _factored(how, path, matrices[path], rank)
-    return fits
+    ranks = how.ranks(matrices, keep)
+    return {path: _factored(how, path, matrices[path], rank) for path, rank in ranks.items()}
 
 
 def planned(

@@ -84,8 +84,9 @@ def unseen_outside(
 ) -> list[Joint]:
     """Those of ``joints`` whose changes leave all of the model's output as it is, too: what one
     block makes of a head may be read by others."""
-    expected = first_tensor(called(model, batch)).double()
-    same = max(SAME_AT_THE_END, 8 * torch.finfo(first_tensor(called(model, batch)).dtype).eps)
+    output = first_tensor(called(model, batch))
+    expected = output.double()
+    same = max(SAME_AT_THE_END, 8 * torch.finfo(output.dtype).eps)
 
     def leave(tried: Sequence[Joint]) -> bool:
         with ExitStack() as stack:
@@ -106,8 +107,8 @@ def _changed(joint: Joint, first: nn.Module, second: nn.Module | None) -> Iterat
     modules = [module for module in (first, second) if module is not None]
     kept = [(p, p.data) for module in modules for p in module.parameters()]
     weight: Any = first.weight
-    change = _change(joint).to(weight.device, weight.dtype)
-    back = torch.linalg.inv(_change(joint)).to(weight.device, weight.dtype)
+    exact = _change(joint)
+    change, back = (x.to(weight.device, weight.dtype) for x in (exact, torch.linalg.inv(exact)))
     try:
         if joint.kind == "scores":
             _change_rows(first, change.repeat_interleave(joint.group, 0))
