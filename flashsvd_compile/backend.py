@@ -87,6 +87,9 @@ def _compile(
         # Else a buffer that is read for the last time may be kept until another of its size is
         # written, layers later: BERT's intermediate then lies in memory beside the next one's.
         patches.setdefault("allow_buffer_reuse", False)
+        # Else whether a matmul's operands are padded in copies is decided by a race, of which a
+        # walk over the graph knows nothing: GPT-2 of odd ranks then held twice what was planned.
+        patches.setdefault("shape_padding", False)
     # The one entry of Inductor's cache key that takes free text.
     marked = dict(patches.get("unsafe_marked_cacheable_functions", {}))
     marked["flashsvd_compile"] = fingerprint(options)

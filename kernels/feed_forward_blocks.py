@@ -126,11 +126,13 @@ def held_elements(
     on_gpu: bool,
     at_once: bool,
 ) -> tuple[int, int]:
-    """What is held beside operands and output: elements for each row of a block, and for all."""
+    """What is held beside operands and output: elements for each row of a block, and for all, a
+    bias of the output included."""
     padded = {rank: padded_rank(rank, element_bytes, on_gpu) for rank in (*lift_ranks, rank_down)}
     copied = [padded[rank] for rank in (*lift_ranks, rank_down) if padded[rank] != rank]
+    bias = padded[rank_down] if padded[rank_down] != rank_down else 0
     buffers = 1 if at_once else len(lift_ranks)
-    return buffers * width + sum(copied), sum(copied) * width
+    return buffers * width + sum(copied), sum(copied) * width + bias
 
 
 def padded_rank(rank: int, element_bytes: int, on_gpu: bool) -> int:
