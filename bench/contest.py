@@ -35,11 +35,7 @@ def contest(
         for name, call in calls.items()
     }
     timed = calls if device == "cpu" else {name: captured(call) for name, call in calls.items()}
-    first, second = (median_ms(timed, device, rounds=rounds) for _ in range(2))
-    times = {name: (first[name] + second[name]) / 2 for name in calls}
-    apart = {
-        name: max(first[name], second[name]) / min(first[name], second[name]) for name in calls
-    }
+    times, apart = timed_twice(timed, device, rounds=rounds)
     row: dict[str, Any] = {"ms": times, "two_runs": apart, "transient_bytes": transient}
     floor_ms = None
     if device == "cuda":
@@ -52,9 +48,24 @@ def contest(
         "contestant": list(calls),
         "ms": [f"{ms:.4f}" for ms in times.values()],
         "transient MiB": [f"{size / 2**20:.1f}" for size in transient.values()],
-        "two runs": [f"{x:.3f}{' DISTURBED' * (x > AGREEMENT)}" for x in apart.values()],
+        "two runs": two_runs(apart),
     }
     if floor_ms is not None:
         table["over the floor"] = [f"{ms / floor_ms:.2f}" for ms in times.values()]
     print(tabulate(table, headers="keys", disable_numparse=True), flush=True)
     return row | {"verdicts": print_verdicts(verdicts(targets, times, transient))}
+
+
+def timed_twice(
+    calls: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warmup: int = 3
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of each, the mean of two runs' medians, and how far those are apart."""
+    runs = [median_ms(calls, device, warmup=warmup, rounds=rounds) for _ in range(2)]
+    times = {name: sum(run[name] for run in runs) / 2 for name in calls}
+    apart = {name: max(r[name] for r in runs) / min(r[name] for r in runs) for name in calls}
+    return times, apart
+
+
+def two_runs(apart: Mapping[str, float]) -> list[str]:
+    """A column of how far two runs were apart."""
+    return [f"{x:.3f}{' DISTURBED' * (x > AGREEMENT)}" for x in apart.values()]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import flashsvd_compile as fsc
-from bench.measure import environment, median_ms, peak_transient_bytes, write_results
+from bench.contest import timed_twice, two_runs
+from bench.measure import environment, peak_transient_bytes, write_results
 from bench.targets import Target, print_verdicts, verdicts
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
 
@@ -175,12 +176,13 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     }
     errors = errors_of(calls, exact, inputs)
     peaks = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
-    rounds = {"warmup": 3, "rounds": 30} if device == "cuda" else {"warmup": 1, "rounds": 5}
-    times = median_ms(calls, device, **rounds)
+    rounds = {"warmup": 3, "rounds": 20} if device == "cuda" else {"warmup": 1, "rounds": 3}
+    times, apart = timed_twice(calls, device, **rounds)
     table = {
         "model": list(runs),
         "median ms": [f"{times[name]:.3f}" for name in runs],
         "speedup of ours": [f"{times[name] / times['ours']:.2f}" for name in runs],
+        "two runs": two_runs(apart),
         "peak MiB": [f"{peaks[name] / 2**20:.0f}" for name in runs],
         "error": [f"{errors[name]:.2e}" if name in errors else "" for name in runs],
     }
@@ -188,6 +190,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     targets = case.targets if device == "cuda" else ()
     return asdict(case) | {
         "ms": times,
+        "two_runs": apart,
         "peak_bytes": peaks,
         "error": errors,
         "lowerings": lowerings_of(low_rank, inputs),

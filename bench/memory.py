@@ -132,13 +132,15 @@ def grid_of(case: tuple[str, int, int], device: str) -> list[dict[str, Any]]:
             budget = int(free * share)
         row = {"model": kind, "batch": batch, "length": length, "share": share or "least"}
         try:
-            predicted = predicted_bytes(model, inputs, budget)
+            predicted_bytes(model, inputs, budget)
         except BudgetError as error:
             least = error.least_bytes
             rows.append(row | {"outcome": "refused"})
             continue
         call = compiled(model, inputs, budget)
         out_bytes = call().nbytes
+        # Compiling has measured what this device reaches: plans of before may have been others.
+        predicted = predicted_bytes(model, inputs, budget)
         peak = peak_transient_bytes(call, device)
         transient = peak - out_bytes
         free = free or transient
