@@ -91,13 +91,18 @@ def walk(view: GraphView) -> MemoryProfile:
     last_read = {read: index for index, b in enumerate(buffers) for read in b.reads}
     for index, buffer in enumerate(buffers):
         if _is_library_attention(view, buffer.node) and value(buffer.node).device.type == "cpu":
-            # There one kernel writes q, k, v and the mask.
-            for operand in buffer.reads & index_of.keys():
-                source = buffers[index_of[operand]]
-                if source.is_fused and last_read[operand] == index:
-                    last_read |= dict.fromkeys(
-                        (read for read in source.reads if last_read[read] <= index), index
-                    )
+            # There one kernel writes q, k, v and the mask, and reads all that it needs until then.
+            written = {
+                index_of[operand]
+                for operand in buffer.reads & index_of.keys()
+                if buffers[index_of[operand]].is_fused and last_read[operand] == index
+            }
+            for operand in written:
+                last_read |= {
+                    read: max(written)
+                    for read in buffers[operand].reads
+                    if last_read[read] <= max(written)
+                }
     returned = frozenset(b.node for b in buffers if b.is_output)
     ahead: dict[int, list[Buffer]] = {}
     for buffer in buffers:
