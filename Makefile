@@ -37,6 +37,7 @@ bench: $(ENV)
 	$(PY) -m bench.chain
 	$(PY) -m bench.siblings
 	$(PY) -m bench.encoder
+	$(PY) -m bench.training
 	$(PY) -m bench.memory
 	$(PY) -m bench.choices
 	$(PY) -m bench.compile_time

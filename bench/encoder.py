@@ -122,22 +122,24 @@ def factored(model: nn.Module) -> nn.Module:
     """Replace every linear of the layers: q, k, v per head at HEAD_RANK, the others at RANK."""
     config: Any = model.config
     head_dim = config.hidden_size // config.num_attention_heads
+
+    def low_rank(name: str, linear: nn.Linear) -> nn.Module:
+        there: Any = {"device": linear.weight.device}
+        if name not in PROJECTIONS:
+            return LowRankLinear(linear.in_features, linear.out_features, RANK, **there)
+        heads = config.num_attention_heads
+        return PerHeadLowRankLinear(linear.in_features, heads, head_dim, HEAD_RANK, **there)
+
+    return replaced_linears(model, low_rank).eval()
+
+
+def replaced_linears(model: nn.Module, by: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
+    """``model`` with what ``by`` makes of each linear and its name in the place of it."""
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        parent, _, name = path.rpartition(".")
-        low_rank: nn.Module
-        if name in PROJECTIONS:
-            low_rank = PerHeadLowRankLinear(
-                module.in_features, config.num_attention_heads, head_dim, HEAD_RANK,
-                device=module.weight.device,
-            )  # fmt: skip
-        else:
-            low_rank = LowRankLinear(
-                module.in_features, module.out_features, RANK, device=module.weight.device
-            )
-        setattr(model.get_submodule(parent), name, low_rank)
-    return model.eval()
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, by(name, module))
+    return model
 
 
 def inputs_of(case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
