@@ -27,7 +27,7 @@ from flashsvd_compile.compress.linears import find_linears, model_bytes, replace
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
-from flashsvd_compile.compress.report import CompressReport, CompressRow
+from flashsvd_compile.compress.report import CompressReport, CompressRow, curve_of
 from flashsvd_compile.options import parse_bytes
 
 
@@ -111,8 +111,10 @@ def compress_(
         if isinstance(fit, str):
             rows.append(CompressRow(path, "dense", None, size, size, 0.0, fit))
             continue
-        after, error = fit.bytes, fit.error
-        rows.append(CompressRow(path, fit.kind, fit.rank, size, after, error, "", fit.loss))
+        curve = curve_of(fit.losses, fit.rank)
+        rows.append(
+            CompressRow(path, fit.kind, fit.rank, size, fit.bytes, fit.error, "", fit.loss, curve)
+        )
     for linear in linears:
         one = fits.get(linear.path)
         if isinstance(one, Fitted):

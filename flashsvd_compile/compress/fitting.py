@@ -27,12 +27,14 @@ from flashsvd_compile.compress.report import Kind
 
 @dataclass(frozen=True)
 class Fitted:
-    """``error`` and ``loss`` as in `CompressRow`."""
+    """``error`` and ``loss`` as in `CompressRow`; ``losses``: at each rank from 0 on, as the method
+    measures it, for a narrowed one together with its other side."""
 
     module: nn.Module
     kind: Kind
     rank: int
     error: float
+    losses: Sequence[float]
     loss: float | None = None
 
     @property
@@ -92,11 +94,11 @@ def planned(
         elif rank is None or made is None:
             fits[path] = _factored(how, path, one, rank)
         elif pair is None:
-            error = one.error_of(made)  # type: ignore[arg-type]
-            fits[path] = Fitted(made, one.kind, rank, error, layers[name].losses[rank])
+            error, losses = one.error_of(made), layers[name].losses  # type: ignore[arg-type]
+            fits[path] = Fitted(made, one.kind, rank, error, losses, losses[rank])
         else:
-            error = error_of(pair, matrices, anchored.made)
-            fits[path] = Fitted(made, "narrow", rank, error, layers[name].losses[rank] / 2)
+            error, losses = error_of(pair, matrices, anchored.made), layers[name].losses
+            fits[path] = Fitted(made, "narrow", rank, error, losses, losses[rank] / 2)
     return fits
 
 
@@ -132,10 +134,11 @@ def _factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted
     if rank is None or not one.is_smaller(rank):
         what = "that lose less" if rank is None else f"of rank {rank}"
         return f"factors {what} are no smaller than {[*one.shape]}"
-    u, v, lost = how.factors(path, one, rank)
+    u, v, losses = how.factors(path, one, rank)
     made = one.module(u, v, rank)
     made.method = how.name
-    return Fitted(made, one.kind, rank, one.error_of(made), lost)
+    loss = losses[rank] if how.name == "planned" else None
+    return Fitted(made, one.kind, rank, one.error_of(made), losses, loss)
 
 
 def progress(steps: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

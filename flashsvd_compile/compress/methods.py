@@ -11,7 +11,7 @@ from flashsvd_compile.compress.fits import Spectrum, spectrum_of, tails
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.moments import Loss, Moments, Watched, collect
 from flashsvd_compile.compress.ranks import Layer, plan_ranks
-from flashsvd_compile.compress.svd import rank_for, truncated_svd
+from flashsvd_compile.compress.svd import rank_for, svd_dtype
 
 # What each method sums up while it calibrates.
 METHODS: Mapping[str, frozenset[str]] = {
@@ -32,13 +32,10 @@ class Method:
     name: str
     moments: Mapping[str, Moments]
 
-    def factors(self, path: str, one: Matrices, rank: int) -> tuple[Tensor, Tensor, float | None]:
-        """``u``, ``v``, and what is lost by the rest, where the method knows that."""
-        if self.name == "svd":
-            return *truncated_svd(one.stacked, rank), None
+    def factors(self, path: str, one: Matrices, rank: int) -> tuple[Tensor, Tensor, list[float]]:
+        """``u``, ``v``, and what is lost at each rank from 0 on, as the method measures it."""
         spectrum = self._spectrum(path, one)
-        lost = float(spectrum.sigma[..., rank:].square().sum())
-        return *spectrum.factors(rank), lost if self.name == "planned" else None
+        return *spectrum.factors(rank), tails(spectrum.sigma)
 
     def ranks(self, matrices: Mapping[str, Matrices], keep: float) -> dict[str, int | None]:
         """Within ``keep`` of the bytes of all ``matrices``; None where the matrix stays."""
@@ -54,6 +51,9 @@ class Method:
         return Layer(losses, one.rank_bytes, one.linear.weight_bytes)
 
     def _spectrum(self, path: str, one: Matrices) -> Spectrum:
+        if self.name == "svd":
+            precise = one.stacked.to(svd_dtype(one.weight))
+            return Spectrum(*torch.linalg.svd(precise, full_matrices=False))
         found = self.moments[path]
         inputs = found.fisher if self.name == "fwsvd" else found.inputs
         assert inputs is not None

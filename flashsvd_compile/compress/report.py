@@ -1,9 +1,14 @@
 """What `compress_` and `merge_` did to each layer: a table to read, a dict to store."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tabulate import tabulate
+
+# Enough to see a curve by; a matrix has thousands of ranks.
+CURVE_STEPS = 32
 
 Kind = Literal["per_head", "matrix", "narrow", "dense"]
 
@@ -17,7 +22,8 @@ class CompressRow:
     narrow one, of the product of both sides. It may be large where inputs are few.
     ``reason`` says why the layer stayed dense; empty for others. ``loss``: what the missing ranks
     add to the loss, to second order and times two, as calibration predicts; None where the method
-    does not.
+    does not. ``curve``: pairs of a rank and the share of it all that is lost at it, as the method
+    measures it, from rank 0 on; of a narrow one, of both sides together.
     """
 
     path: str
@@ -28,6 +34,14 @@ class CompressRow:
     error: float
     reason: str = ""
     loss: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+
+
+def curve_of(losses: Sequence[float], rank: int) -> tuple[tuple[int, float], ...]:
+    """`CompressRow.curve` of what is lost at each rank from 0 on; ``rank`` is among its ranks."""
+    most = len(losses) - 1
+    ranks = {rank, *(round(most * step / CURVE_STEPS) for step in range(CURVE_STEPS + 1))}
+    return tuple((at, losses[at] / losses[0] if losses[0] else 0.0) for at in sorted(ranks))
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,16 @@ class CompressReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
         return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of ranks over layers, and of what is lost at which rank, as a PNG or what
+        the ending of ``path`` says. All heads of a layer have its rank.
+
+        Raises ImportError where there is no matplotlib.
+        """
+        from flashsvd_compile.compress.picture import figure_of
+
+        figure_of(self.rows).savefig(path)
 
     def __str__(self) -> str:
         whole = sum(row.loss or 0.0 for row in self.rows)

@@ -1,16 +1,12 @@
-"""The picture of what graphs hold: bytes over their operators, untouched above, rewritten below.
-
-matplotlib draws it, where it is installed; its state shared by the process (pyplot) is not touched.
-"""
+"""The picture of what graphs hold: bytes over their operators, untouched above, rewritten below."""
 
 import io
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
+from flashsvd_compile.figure import new_figure
 from flashsvd_compile.memory.timeline import Step, Timelines, most_total
-
-NEEDS_MATPLOTLIB = 'the picture needs matplotlib: pip install "flashsvd_compile[plot]"'
 
 _COLOURS = {
     "attention": "tab:orange",
@@ -25,13 +21,7 @@ def figure_of(graphs: Sequence[Timelines]) -> Any:
 
     Raises ImportError where there is no matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(NEEDS_MATPLOTLIB) from error
-    figure = Figure(figsize=(12, 7))
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 7)
     above, below = figure.subplots(2, sharey=True)
     _panel(above, "untouched", [graph.before for graph in graphs])
     _panel(below, "rewritten", [graph.after for graph in graphs])
