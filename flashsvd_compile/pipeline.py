@@ -24,6 +24,7 @@ from flashsvd_compile.factoring.planned_factors import factor_weights
 from flashsvd_compile.factoring.records import Factoring
 from flashsvd_compile.fingerprint import fingerprint
 from flashsvd_compile.lowering.einsum import split_einsums
+from flashsvd_compile.lowering.idle_casts import drop_idle_casts
 from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.strides import settle_strides
 from flashsvd_compile.lowering.written_once import write_once
@@ -166,6 +167,7 @@ def _rewrite(
         tiled = partial(_with_fastest_tile, options=options, may_measure=may_measure)
     device_of = cache(partial(_device, named=device, options=options, may_measure=may_measure))
     module = normalize(gm, example_inputs)
+    drop_idle_casts(module.graph)
     free_in_place(module.graph)
     split_einsums(module.graph)
     _erase_dead(module.graph)
