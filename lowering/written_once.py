@@ -11,9 +11,10 @@ bfloat16, H100 80GB HBM3, torch 2.11.0, 2026-11-26, every sum written: 9.20 ms a
 peak, else 9.76 ms and 291 MiB. Only sums of sums are: what a norm alone reads (BERT's) never needs
 to lie in memory, and writing it cost 24 of 95 MiB there.
 
-What operators of ours read as views of it. A view of a formula is no memory, so Inductor (torch
-2.11 to 2.13, ``ir.ExternKernel.realize_input``) writes a copy for each such argument, though
-another operator's argument may be the same.
+What operators of ours read, and something else does, too, if only another argument of the same.
+Inductor (torch 2.11 to 2.13, ``ir.ExternKernel.require_exact_strides``) writes a copy of a formula,
+or of a view of one, for each such argument: ViT's norm three times before an attention that makes
+q, k and v of it itself.
 """
 
 from collections import Counter
@@ -45,9 +46,9 @@ def write_once(graph: fx.Graph, mutated: Container[fx.Node]) -> None:
 
 
 def _copied(graph: fx.Graph) -> set[fx.Node]:
-    """What operators read from memory more than once, ours as a view."""
+    """What operators read from memory more than once, ours among them."""
     reads: Counter[fx.Node] = Counter()
-    viewed: set[fx.Node] = set()
+    ours: set[fx.Node] = set()
     for node in graph.nodes:
         is_ours = getattr(node.target, "namespace", None) == "flashsvd"
         if not is_ours and packet(node) not in _LIBRARY:
@@ -55,11 +56,11 @@ def _copied(graph: fx.Graph) -> set[fx.Node]:
         for read in filter(is_tensor, pytree.tree_leaves((node.args, node.kwargs))):
             whole = _viewed_whole(read)
             reads[whole] += 1
-            if is_ours and whole is not read:
-                viewed.add(whole)
+            if is_ours:
+                ours.add(whole)
     return {
         node
-        for node in viewed
+        for node in ours
         if reads[node] > 1 and node.op == "call_function" and aliased_argument(node) is None
     }
 
