@@ -73,9 +73,10 @@ ARROWS = {
                  "lowering", "tuning", "options", "fingerprint"],
     "contest": ["placement", "analysis", "planner", "tuning", "options", "reason"],
     "placement": ["analysis", "planner", "lowering"],
-    "memory": ["memory", "analysis", "reason"],
+    "memory": ["memory", "analysis", "reason", "figure"],
     "normalize": [],
     "factoring": ["factoring", "analysis", "compress.linears", "compress.svd", "reason"],
+    "figure": [],
     "units": [],
     "options": [],
     "reason": [],
@@ -92,7 +93,8 @@ ARROWS = {
     "tuning": ["tuning", "analysis", "lowering.tiled"],
     "lowering": ["lowering", "analysis", "reason", "kernels"],
     "kernels": ["kernels"],
-    "compress": ["compress", "options"],
+    "compress": ["compress", "options", "figure", "kernels.attention_extents",
+                 "kernels.attention_tiles", "kernels.feed_forward_tiles"],
     "checkpoints": ["checkpoints", "compress"],
 }  # fmt: skip
 

@@ -16,11 +16,13 @@ The last fits blocks in the order of the model, each to what the compressed ones
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from flashsvd_compile.compress.caps import cap_of
 from flashsvd_compile.compress.fitting import Fitted, matrix_by_matrix, planned, progress
 from flashsvd_compile.compress.heads import find_head_layouts, find_projections
 from flashsvd_compile.compress.linears import find_linears, model_bytes, replace_, select
@@ -41,6 +43,7 @@ def compress_(
     method: str | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    sram_budget: int | str | None = None,
     seed: int = 0,
 ) -> CompressReport:
     """Replace the linear layers of ``model`` in place by low-rank ones; biases are kept.
@@ -62,6 +65,8 @@ def compress_(
         loss: of the model's output and the batch: a scalar, or a tensor of results that shall stay
             as they are. By default the output's own ``loss`` where it has one (a batch with
             labels), else the output itself stays.
+        sram_budget: bytes of shared memory that a block of the kernels may use, a number or
+            ``"48KiB"``: no rank becomes so large that none of their tiles fits into it.
         seed: of the directions along which outputs are differentiated.
 
     Layers whose factors would not be smaller, that share their weight, that are more than a plain
@@ -73,6 +78,7 @@ def compress_(
     """
     name, share = _method(method, calibration), _validated(keep)
     budget = parse_bytes("weight_budget", weight_budget)
+    sram = parse_bytes("sram_budget", sram_budget)
     if budget is not None and keep is not None:
         raise ValueError("keep and weight_budget both say how large factors are: give one")
     linears = find_linears(model)
@@ -94,6 +100,8 @@ def compress_(
     batches = None if calibration is None else list(calibration)
     how, unfit = calibrated(name, model, matrices, progress(batches or (), "calibrate"), loss, seed)
     matrices = {path: one for path, one in matrices.items() if path not in unfit}
+    if sram is not None:
+        how = replace(how, caps={path: cap_of(one, sram) for path, one in matrices.items()})
     bytes_before = model_bytes(model)
     if budget is not None:
         share = _share_within(budget, bytes_before, matrices)

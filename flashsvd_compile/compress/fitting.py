@@ -127,7 +127,8 @@ def _together(
 ) -> Layer:
     dense_bytes = sum(layer.dense_bytes for layer in alone)
     losses = losses_of(joint, matrices, how.moments)
-    return Layer(losses, dense_bytes // joint.head_dim, dense_bytes)
+    cap = min((layer.cap for layer in alone if layer.cap is not None), default=None)
+    return Layer(losses, dense_bytes // joint.head_dim, dense_bytes, cap)
 
 
 def _factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted | str:

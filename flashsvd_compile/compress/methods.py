@@ -1,7 +1,7 @@
 """What each method calibrates, how it factors a matrix, and who gets which rank."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ MAX_OUTPUTS = 16384
 
 @dataclass(frozen=True)
 class Method:
-    """``moments``: of the layers that calibration reached, by path; empty for plain SVD."""
+    """``moments``: of the layers that calibration reached, by path; empty for plain SVD. ``caps``:
+    the largest ranks that layers may have, by path; of those that have any."""
 
     name: str
     moments: Mapping[str, Moments]
+    caps: Mapping[str, int] = field(default_factory=dict)
 
     def factors(self, path: str, one: Matrices, rank: int) -> tuple[Tensor, Tensor, list[float]]:
         """``u``, ``v``, and what is lost at each rank from 0 on, as the method measures it."""
@@ -40,7 +42,8 @@ class Method:
     def ranks(self, matrices: Mapping[str, Matrices], keep: float) -> dict[str, int | None]:
         """Within ``keep`` of the bytes of all ``matrices``; None where the matrix stays."""
         if self.name != "planned":
-            return {path: rank_for(keep, *one.shape) for path, one in matrices.items()}
+            ranks = {path: rank_for(keep, *one.shape) for path, one in matrices.items()}
+            return {path: min(rank, self.caps.get(path, rank)) for path, rank in ranks.items()}
         layers = {path: self.layer(path, one) for path, one in matrices.items()}
         whole = sum(one.linear.weight_bytes for one in matrices.values())
         return plan_ranks(layers, int(keep * whole + 1e-6))
@@ -48,7 +51,7 @@ class Method:
     def layer(self, path: str, one: Matrices) -> Layer:
         """What each rank costs and loses."""
         losses = tails(self._spectrum(path, one).sigma)
-        return Layer(losses, one.rank_bytes, one.linear.weight_bytes)
+        return Layer(losses, one.rank_bytes, one.linear.weight_bytes, self.caps.get(path))
 
     def _spectrum(self, path: str, one: Matrices) -> Spectrum:
         if self.name == "svd":

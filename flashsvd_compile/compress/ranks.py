@@ -15,12 +15,14 @@ class Layer:
     """What a layer loses at each rank.
 
     ``losses[r]``: what is lost at rank r, r from 0; ``rank_bytes``: of one rank more;
-    ``dense_bytes``: of the matrix, which loses nothing.
+    ``dense_bytes``: of the matrix, which loses nothing; ``cap``: the largest rank that it may have,
+    if there is one.
     """
 
     losses: Sequence[float]
     rank_bytes: int
     dense_bytes: int
+    cap: int | None = None
 
 
 def plan_ranks(layers: Mapping[str, Layer], budget_bytes: int) -> dict[str, int | None]:
@@ -80,7 +82,7 @@ def _choices(layer: Layer) -> list[_Choice]:
     found: list[_Choice] = [
         (layer.losses[rank], rank * layer.rank_bytes, rank)
         for rank in ranks
-        if rank * layer.rank_bytes < layer.dense_bytes
+        if rank * layer.rank_bytes < layer.dense_bytes and rank <= (layer.cap or rank)
     ]
     return [*found, (0.0, layer.dense_bytes, None)]
 
