@@ -17,7 +17,6 @@ The last fits blocks in the order of the model, each to what the compressed ones
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -30,7 +29,6 @@ from flashsvd_compile.compress.linears import find_linears, model_bytes, replace
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
-from flashsvd_compile.compress.refine import refined
 from flashsvd_compile.compress.report import CompressReport, CompressRow, curve_of
 from flashsvd_compile.options import parse_bytes
 
@@ -47,7 +45,6 @@ def compress_(
     loss: Loss | None = None,
     sram_budget: int | str | None = None,
     seed: int = 0,
-    refine: bool = False,
 ) -> CompressReport:
     """Replace the linear layers of ``model`` in place by low-rank ones; biases are kept.
 
@@ -70,11 +67,7 @@ def compress_(
             labels), else the output itself stays.
         sram_budget: bytes of shared memory that a block of the kernels may use, a number or
             ``"48KiB"``: no rank becomes so large that none of their tiles fits into it.
-        seed: of the directions along which outputs are differentiated, and of the order of batches
-            that refine.
-        refine: train each block's factors afterwards, one block at a time, so that the dense rest
-            of the model makes of them what it made before (``refine.py``); no labels, with
-            ``"planned"`` alone, and not in 16 bits, which are too coarse for small steps.
+        seed: of the directions along which outputs are differentiated.
 
     Layers whose factors would not be smaller, that share their weight, that are more than a plain
     linear, or that calibration did not reach stay dense, with the reason in the report. An error
@@ -84,8 +77,6 @@ def compress_(
     finite or on the meta device, and for a budget that the smallest ranks exceed.
     """
     name, share = _method(method, calibration), _validated(keep)
-    if refine and name != "planned":
-        raise ValueError(f'refine=True needs method="planned" and calibration; got {name!r}')
     budget = parse_bytes("weight_budget", weight_budget)
     sram = parse_bytes("sram_budget", sram_budget)
     if budget is not None and keep is not None:
@@ -106,12 +97,6 @@ def compress_(
     }
     for found in matrices.values():
         found.validate()
-        if refine and found.weight.element_size() < 4:
-            dtype = str(found.weight.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"refine=True takes steps that {dtype} is too coarse for, as {found.linear.path} "
-                "is: call model.float() first, and cast the model back afterwards"
-            )
     batches = None if calibration is None else list(calibration)
     how, unfit = calibrated(name, model, matrices, progress(batches or (), "calibrate"), loss, seed)
     matrices = {path: one for path, one in matrices.items() if path not in unfit}
@@ -123,8 +108,7 @@ def compress_(
     if name == "planned":
         assert batches is not None
         projections = find_projections(model, out_features)
-        again = partial(refined, loss=loss, seed=seed) if refine else None
-        fits = planned(model, how, matrices, projections, batches, share, again)
+        fits = planned(model, how, matrices, projections, batches, share)
     else:
         fits = matrix_by_matrix(how, matrices, share)
 

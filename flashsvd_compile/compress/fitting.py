@@ -1,7 +1,6 @@
 """From ranks to modules: what takes the place of each linear, and what that costs."""
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ from flashsvd_compile.compress.moments import in_evaluation, mask_of
 from flashsvd_compile.compress.narrowing import error_of, losses_of
 from flashsvd_compile.compress.ranks import Layer, plan_ranks
 from flashsvd_compile.compress.report import Kind
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,14 +60,9 @@ def planned(
     projections: Sequence[Projections],
     batches: Sequence[Any],
     keep: float,
-    refine: Callable[..., Iterable[str]] | None = None,
 ) -> Fits:
     """Ranks from one list over the whole model; blocks fitted one after another, where the model
-    has any, and heads narrowed on both sides, where nothing stands between.
-
-    ``refine``: refines blocks afterwards, given the model, its blocks, what was made of them, and
-    the batches; yields after each.
-    """
+    has any, and heads narrowed on both sides, where nothing stands between."""
     alone = _held_elsewhere(model, matrices)
     free = {path: one for path, one in matrices.items() if path not in alone}
     with in_evaluation(model):
@@ -87,13 +79,7 @@ def planned(
             anchored = Anchored(model, blocks, free, joints, how.moments, masks)
             for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
                 pass
-            if refine is not None:
-                steps = refine(model, blocks, anchored, batches)
-                for _ in progress(steps, "refine blocks", len(blocks.paths)):
-                    pass
     if blocks is None:
-        if refine is not None:
-            log.warning("not refined: no blocks were found that are called one after another")
         return matrix_by_matrix(how, matrices, keep)
     fits: Fits = {}
     joint_of = {path: joint for joint in joints for path in joint.paths}
