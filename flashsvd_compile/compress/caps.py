@@ -1,8 +1,8 @@
 """The largest ranks whose kernels have a tile within the shared memory of a block.
 
 Heads' factors go to attention, whose q, k and v then have that rank each; whole matrices to a
-streamed feed-forward, up and down alike. What a GPU is not known of takes the most that it takes on
-any.
+streamed feed-forward, up and down alike. No GPU is known here, so that what a tile takes is the
+most that it takes on any.
 """
 
 from collections.abc import Callable
