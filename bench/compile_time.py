@@ -29,7 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from bench.deep_graph import deep_graph
-from bench.encoder import bert, factored
+from bench.encoder import bert, factored, replaced_linears
 from bench.measure import environment, write_results
 from bench.targets import Verdict, print_verdicts
 from flashsvd_compile.compress.modules import LowRankLinear
@@ -78,15 +78,12 @@ def low_rank_llama(device: str) -> nn.Module:
         hidden_size=LLAMA_HIDDEN, intermediate_size=3 * LLAMA_HIDDEN, num_attention_heads=8,
         num_key_value_heads=2, num_hidden_layers=LLAMA_LAYERS, vocab_size=1000, use_cache=False,
     )  # fmt: skip
-    model = LlamaModel(config)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            low_rank = LowRankLinear(
-                module.in_features, module.out_features, LLAMA_RANK, bias=module.bias is not None
-            )
-            setattr(model.get_submodule(parent), name, low_rank)
-    return model.eval().to(device)
+
+    def low_rank(_: str, linear: nn.Linear) -> nn.Module:
+        has_bias = linear.bias is not None
+        return LowRankLinear(linear.in_features, linear.out_features, LLAMA_RANK, bias=has_bias)
+
+    return replaced_linears(LlamaModel(config), low_rank).eval().to(device)
 
 
 MODELS: dict[str, Callable[[str], nn.Module]] = {"bert": low_rank_bert, "llama": low_rank_llama}

@@ -56,6 +56,42 @@ def contest(
     return row | {"verdicts": print_verdicts(verdicts(targets, times, transient))}
 
 
+def compare(
+    title: object,
+    calls: Mapping[str, Callable[[], Any]],
+    device: str,
+    *,
+    errors: Mapping[str, float],
+    targets: Sequence[Target] = (),
+) -> dict[str, Any]:
+    """Time whole models twice, host and device, print a table under ``title`` and the verdicts, and
+    return what goes into the results.
+
+    ``errors``: of those of ``calls`` that have any. Peak bytes are those of a call, its outputs
+    included.
+    """
+    peaks = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
+    few = {"warmup": 3, "rounds": 20} if device == "cuda" else {"warmup": 1, "rounds": 3}
+    times, apart = timed_twice(calls, device, **few)
+    table = {
+        "": list(calls),
+        "median ms": [f"{times[name]:.3f}" for name in calls],
+        "speedup of ours": [f"{times[name] / times['ours']:.2f}" for name in calls],
+        "two runs": two_runs(apart),
+        "peak MiB": [f"{peaks[name] / 2**20:.0f}" for name in calls],
+        "error": [f"{errors[name]:.2e}" if name in errors else "" for name in calls],
+    }
+    print(f"\n{title}\n{tabulate(table, headers='keys', disable_numparse=True)}", flush=True)
+    asked = targets if device == "cuda" else ()
+    return {
+        "ms": times,
+        "two_runs": apart,
+        "peak_bytes": peaks,
+        "error": dict(errors),
+        "verdicts": print_verdicts(verdicts(asked, times, peaks)),
+    }
+
+
 def timed_twice(
     calls: Mapping[str, Callable[[], Any]], device: str, *, rounds: int, warmup: int = 3
 ) -> tuple[dict[str, float], dict[str, float]]:

@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import flashsvd_compile as fsc
-from bench.contest import timed_twice, two_runs
-from bench.measure import environment, peak_transient_bytes, write_results
-from bench.targets import Target, print_verdicts, verdicts
+from bench.contest import compare
+from bench.measure import environment, write_results
+from bench.targets import Target
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
 
 HEAD_RANK = 40
@@ -177,28 +176,15 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         for name, run in runs.items()
     }
     errors = errors_of(calls, exact, inputs)
-    peaks = {name: peak_transient_bytes(call, device) for name, call in calls.items()}
-    rounds = {"warmup": 3, "rounds": 20} if device == "cuda" else {"warmup": 1, "rounds": 3}
-    times, apart = timed_twice(calls, device, **rounds)
-    table = {
-        "model": list(runs),
-        "median ms": [f"{times[name]:.3f}" for name in runs],
-        "speedup of ours": [f"{times[name] / times['ours']:.2f}" for name in runs],
-        "two runs": two_runs(apart),
-        "peak MiB": [f"{peaks[name] / 2**20:.0f}" for name in runs],
-        "error": [f"{errors[name]:.2e}" if name in errors else "" for name in runs],
-    }
-    print(f"\n{case}\n{tabulate(table, headers='keys', disable_numparse=True)}", flush=True)
-    targets = case.targets if device == "cuda" else ()
-    return asdict(case) | {
-        "ms": times,
-        "two_runs": apart,
-        "peak_bytes": peaks,
-        "error": errors,
-        "lowerings": lowerings_of(low_rank, inputs),
-        "gate": errors["ours"] <= GATE * errors["low-rank eager"],
-        "verdicts": print_verdicts(verdicts(targets, times, peaks)),
-    }
+    found = compare(case, calls, device, errors=errors, targets=case.targets)
+    return (
+        asdict(case)
+        | found
+        | {
+            "lowerings": lowerings_of(low_rank, inputs),
+            "gate": errors["ours"] <= GATE * errors["low-rank eager"],
+        }
+    )
 
 
 def errors_of(

@@ -17,15 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from bench.contest import timed_twice, two_runs
+from bench.contest import compare
 from bench.encoder import Case as EncoderCase
 from bench.encoder import inputs_of, replaced_linears
-from bench.measure import environment, peak_transient_bytes, write_results
-from bench.targets import Target, print_verdicts, verdicts
+from bench.measure import environment, write_results
+from bench.targets import Target
 from flashsvd_compile.compress.modules import LowRankLinear, PerHeadLowRankLinear
 
 HEAD_RANK = 32
@@ -118,22 +117,9 @@ def measure(case: Case, device: str) -> dict[str, Any]:
             errors[name] = float(off.norm() / truth.norm())
         torch._dynamo.reset()
     del exact
-    peaks = {name: peak_transient_bytes(step, device) for name, step in steps.items()}
-    rounds = {"warmup": 3, "rounds": 20} if device == "cuda" else {"warmup": 1, "rounds": 2}
-    times, apart = timed_twice(steps, device, **rounds)
-    table = {
-        "step": list(runs),
-        "median ms": [f"{times[name]:.3f}" for name in runs],
-        "two runs": two_runs(apart),
-        "peak MiB": [f"{peaks[name] / 2**20:.0f}" for name in runs],
-        "error": [f"{errors[name]:.2e}" if name in errors else "" for name in runs],
-    }
-    print(f"\n{case}\n{tabulate(table, headers='keys', disable_numparse=True)}", flush=True)
+    found = compare(case, steps, device, errors=errors, targets=TARGETS)
     is_right = not errors or errors["ours"] <= GATE * errors["low-rank eager"]
-    return asdict(case) | {
-        "ms": times, "two_runs": apart, "peak_bytes": peaks, "error": errors, "gate": is_right,
-        "verdicts": print_verdicts(verdicts(TARGETS if device == "cuda" else (), times, peaks)),
-    }  # fmt: skip
+    return asdict(case) | found | {"gate": is_right}
 
 
 def main() -> None:
