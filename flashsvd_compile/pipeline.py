@@ -27,7 +27,7 @@ from flashsvd_compile.lowering.einsum import split_einsums
 from flashsvd_compile.lowering.idle_casts import drop_idle_casts
 from flashsvd_compile.lowering.in_place import free_in_place
 from flashsvd_compile.lowering.strides import settle_strides
-from flashsvd_compile.lowering.written_once import write_once
+from flashsvd_compile.lowering.written_once import sums_of_sums, write_once
 from flashsvd_compile.memory.liveness import MemoryProfile, walk
 from flashsvd_compile.memory.peak import Peak, peak_of
 from flashsvd_compile.memory.timeline import Timelines, steps_of
@@ -212,8 +212,9 @@ def _rewrite(
     plans = drop_taken(plans_of(sites))
     largest = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
+        view_of = partial(GraphView, module.graph, written=sums_of_sums(module.graph))
         plans = plan_within_budget(
-            plans, module.graph, facts, device_of, options, largest, unseen_bytes
+            plans, view_of, facts, device_of, options, largest, unseen_bytes
         )
         hold_at_most(module.graph, largest)
     clock.lap("plan")
@@ -243,7 +244,7 @@ def _rewrite(
         launches |= {launch_behind(result): plan.site.kind for result in merged}
         replaced |= merged
     settle_strides(module.graph, replaced, facts.mutated)
-    if replaced and not torch.is_grad_enabled():
+    if (replaced or options.memory_budget is not None) and not torch.is_grad_enabled():
         write_once(module.graph, facts.mutated)
     _erase_dead(module.graph)
     module.graph.lint()

@@ -45,6 +45,11 @@ def write_once(graph: fx.Graph, mutated: Container[fx.Node]) -> None:
             _write(node, Builder(node.next, sizes=sizes))
 
 
+def sums_of_sums(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The residual sums of ``graph``: they are there whichever of its sites are lowered."""
+    return frozenset(filter(_is_sum_of_a_sum, graph.nodes))
+
+
 def _copied(graph: fx.Graph) -> set[fx.Node]:
     """What operators read from memory more than once, ours among them."""
     reads: Counter[fx.Node] = Counter()

@@ -99,7 +99,7 @@ def find_buffers(view: GraphView) -> list[Buffer]:
         reads = frozenset().union(*(loads.get(x, frozenset()) for x in view.inputs(node)))
         fused = node not in view.lowered and _is_fused(node)
         is_formula = fused and not _is_written_all_the_same(node, readers[node] > 1, len(reads))
-        if is_formula and node not in forced:
+        if is_formula and node not in forced and node not in view.written:
             loads[node] = reads
             continue
         loads[node] = frozenset({node})

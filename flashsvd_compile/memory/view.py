@@ -5,7 +5,7 @@ reads any more is gone. Nothing is rewritten to see how much the graph would the
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -28,10 +28,18 @@ class Lowered:
 
 
 class GraphView:
-    """``graph`` with each node of ``lowered`` reading what that says, and without dead nodes."""
+    """``graph`` with each node of ``lowered`` reading what that says, and without dead nodes.
 
-    def __init__(self, graph: fx.Graph, lowered: Mapping[fx.Node, Lowered]) -> None:
-        self.lowered = lowered
+    ``written``: formulas that will lie in memory, whoever reads them.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        lowered: Mapping[fx.Node, Lowered],
+        written: Container[fx.Node] = frozenset(),
+    ) -> None:
+        self.lowered, self.written = lowered, written
         alive: set[fx.Node] = set()
         pending = [n for n in graph.nodes if n.op in ("placeholder", "output") or n.is_impure()]
         while pending:

@@ -18,7 +18,7 @@ from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.memory.liveness import MemoryProfile, Moment, walk
 from flashsvd_compile.memory.peak import mib, peak_of
-from flashsvd_compile.memory.view import GraphView
+from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.alternatives import Alternative, alternatives
@@ -26,6 +26,8 @@ from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.held import lowered_by
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.sites import drop_taken
+
+ViewOf = Callable[[Mapping[fx.Node, Lowered]], GraphView]
 
 
 class BudgetError(RuntimeError):
@@ -53,7 +55,7 @@ class BudgetError(RuntimeError):
 
 def plan_within_budget(
     plans: Sequence[Plan],
-    graph: fx.Graph,
+    view_of: ViewOf,
     facts: Facts,
     device_of: Callable[..., Device],
     options: Options,
@@ -62,6 +64,7 @@ def plan_within_budget(
 ) -> tuple[Plan, ...]:
     """Plans whose predicted peak of transient bytes is at most ``options.memory_budget``.
 
+    ``view_of``: the graph with these of our operators in it.
     ``sizes``: of the graph's symbols, the largest that the plans have to hold for.
     ``unseen_bytes``: what the rewritten graph was seen to hold beyond a prediction from plans.
     Raises BudgetError, with the least possible bytes and what holds them, where there are none.
@@ -73,20 +76,20 @@ def plan_within_budget(
             "memory_budget plans inference, and this graph is traced for gradients, which keep "
             "activations: call the model under torch.no_grad() or torch.inference_mode()"
         )
-    if profile_of(graph, plans, device_of).peak(lambda size: cost.at(size, sizes))[1] <= budget:
+    if profile_of(view_of, plans, device_of).peak(lambda size: cost.at(size, sizes))[1] <= budget:
         return tuple(plans)
     ways = [
         alternatives(plan, facts, device_of(plan.site.device), options, sizes) for plan in plans
     ]
     # Sites that look alike may still differ in what else they could run as.
     kinds = [(_kind(plan), len(own)) for plan, own in zip(plans, ways, strict=True)]
-    search = _Search(graph, ways, kinds, device_of, sizes)
+    search = _Search(view_of, ways, kinds, device_of, sizes)
     choice = [0] * len(plans)
     moment, peak = search.peak(choice)
     while peak > budget:
         better = search.best_change(choice, moment, budget)
         if better is None:
-            profile = profile_of(graph, search.plans(choice), device_of)
+            profile = profile_of(view_of, search.plans(choice), device_of)
             least = peak_of(profile, lambda size: cost.at(size, sizes))
             masks = f" and masks of {mib(unseen_bytes)}" if unseen_bytes else ""
             raise BudgetError.of(
@@ -98,20 +101,20 @@ def plan_within_budget(
 
 
 def profile_of(
-    graph: fx.Graph, plans: Sequence[Plan], device_of: Callable[..., Device]
+    view_of: ViewOf, plans: Sequence[Plan], device_of: Callable[..., Device]
 ) -> MemoryProfile:
-    """What ``graph`` will hold with ``plans`` in the places of their sites."""
+    """What a graph will hold with ``plans`` in the places of their sites."""
     lowered = {
         plan.node: lowered_by(plan, device_of(plan.site.device))
         for plan in plans
         if plan.lowering != "unfused"
     }
-    return walk(GraphView(graph, lowered))
+    return walk(view_of(lowered))
 
 
 @dataclass
 class _Search:
-    graph: fx.Graph
+    view_of: ViewOf
     ways: Sequence[Sequence[Alternative]]
     kinds: Sequence[object]
     device_of: Callable[..., Device]
@@ -124,7 +127,7 @@ class _Search:
     def peak(
         self, choice: Sequence[int], among: Container[fx.Node] | None = None
     ) -> tuple[Moment | None, int]:
-        profile = profile_of(self.graph, self.plans(choice), self.device_of)
+        profile = profile_of(self.view_of, self.plans(choice), self.device_of)
         return profile.peak(lambda size: cost.at(size, self.sizes), among)
 
     def best_change(
