@@ -24,6 +24,7 @@ import flashsvd_compile as fsc
 from bench.encoder import Case, factored, image_size, inputs_of, vit
 from bench.measure import environment, median_ms, peak_transient_bytes, write_results
 from bench.parallel import in_processes
+from flashsvd_compile.memory.measured import measured_peak
 from flashsvd_compile.planner.budget import BudgetError
 
 MIB = 2**20
@@ -138,11 +139,11 @@ def grid_of(case: tuple[str, int, int], device: str) -> list[dict[str, Any]]:
             rows.append(row | {"outcome": "refused"})
             continue
         call = compiled(model, inputs, budget)
-        out_bytes = call().nbytes
+        call()
         # Compiling has measured what this device reaches: plans of before may have been others.
         predicted = predicted_bytes(model, inputs, budget)
-        peak = peak_transient_bytes(call, device)
-        transient = peak - out_bytes
+        measured = measured_peak(call, device)
+        peak, transient = measured.total_bytes, measured.transient_bytes
         free = free or transient
         is_kept = isinstance(budget, str) or transient <= budget
         rows.append(row | {

@@ -213,9 +213,7 @@ def _rewrite(
     largest = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
         view_of = partial(GraphView, module.graph, written=sums_of_sums(module.graph))
-        plans = plan_within_budget(
-            plans, view_of, facts, device_of, options, largest, unseen_bytes
-        )
+        plans = plan_within_budget(plans, view_of, facts, device_of, options, largest, unseen_bytes)
         hold_at_most(module.graph, largest)
     clock.lap("plan")
 

@@ -9,8 +9,10 @@ from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import Operand
 from flashsvd_compile.analysis.axes import Atom, Dim, volume
+from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Factored, Labelled
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
+from flashsvd_compile.analysis.layout import is_layout
 from flashsvd_compile.analysis.low_rank import is_low_rank, lost_in_earnest
 from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite
@@ -165,7 +167,8 @@ def _arm(
     width = facts.atoms(node, operand.feature)
     if not isinstance(volume(width), sympy.Integer):
         return reason_at(node, Code.BAD_LAYOUT, "a symbolic head_dim", "a number")
-    dense = Labelled((node,), facts.axes[node])
+    held = _unrepeated(facts, node)
+    dense = Labelled((held,), facts.axes[held])
     if not _is_leading(heads, set(dense.atoms(space))):
         return reason_at(node, Code.BAD_LAYOUT, "heads repeated over the outer dimension")
     if why is not None or region is None:
@@ -194,6 +197,32 @@ def _arm(
         dense, fact.latent, rank, batch, heads, rows, width, fact.factor, fact.biases, fact.scale,
         region,
     )  # fmt: skip
+
+
+def _unrepeated(facts: Facts, node: fx.Node) -> fx.Node:
+    """What ``node`` holds more than once, before it was repeated: such as the keys of each group.
+
+    A copy that repeats need not be written then.
+    """
+    found = node
+    while any(atom.broadcast for atom in _all_atoms(facts, found)):
+        source = found.args[0] if is_layout(found) else None
+        if not isinstance(source, fx.Node) or source not in facts.axes or source in facts.mutated:
+            return node
+        if value(source).dtype != value(node).dtype or _varying(facts, source) != _varying(
+            facts, node
+        ):
+            return node
+        found = source
+    return found
+
+
+def _varying(facts: Facts, node: fx.Node) -> set[Atom]:
+    return {atom for atom in _all_atoms(facts, node) if not atom.broadcast}
+
+
+def _all_atoms(facts: Facts, node: fx.Node) -> Dim:
+    return facts.atoms(node, tuple(range(len(facts.axes[node]))))
 
 
 def _is_leading(heads: Dim, atoms: set[Atom]) -> bool:

@@ -6,14 +6,15 @@ x @ w, z and p lie in memory: matmuls and other library calls read and write who
 the sum and the norm's statistics do not: elementwise operators and reductions are computed where
 they are read, by the kernel that writes z.
 
-The rules are Inductor's (torch 2.11 to 2.13, ``ir.StorageBox.should_realize_on_reuse`` and
-``ir.ExternKernel``): what a library call reads or the graph returns is written; so is what several
-read, if computing it loads more than four tensors, anything that loads more than eight, and the
-result of a reduction.
+The rules are Inductor's (torch 2.11 to 2.13, ``ir.StorageBox.should_realize_on_reuse``,
+``ir.ExternKernel`` and ``lowering.cat``): what a library call reads or the graph returns is
+written; so is what several read, if computing it loads more than four tensors, anything that loads
+more than eight, and the result of a reduction. What is concatenated is written side by side, or, on
+a GPU where only elementwise operators read it, computed where it is read.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -31,12 +32,17 @@ from flashsvd_compile.analysis.calls import (
     packet,
     value,
 )
+from flashsvd_compile.analysis.pointwise import is_pointwise
+from flashsvd_compile.memory.places import Places
 from flashsvd_compile.memory.view import GraphView
 
 # ``torch._inductor.config.realize_reads_threshold`` and ``realize_acc_reads_threshold``.
 MOST_LOADS_OF_SHARED = 4
 MOST_LOADS = 8
+# ``torch._inductor.config.max_complex_pointwise_cat_inputs``.
+MOST_JOINED = 8
 
+_JOINS = {aten.cat, aten.concat, aten.concatenate}
 # What Inductor computes where it is read, beside all that torch tags as elementwise or reduction.
 _FUSED = {
     aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten.group_norm, aten.native_group_norm,
@@ -51,6 +57,7 @@ _FUSED = {
     aten.sum, aten.var, aten.std, aten.amax, aten.amin, aten.any, aten.all, aten.eye,
     aten.one_hot, aten.logical_and, aten.logical_or, aten.logical_not, aten.square, aten.rsub,
     aten.glu, aten.addcmul, aten.expand, aten.movedim, aten.take_along_dim, aten.linspace,
+    *_JOINS,
 }  # fmt: skip
 # What gives back its argument, or a view of it, where it can, and a copy else.
 _VIEWS_AT_TIMES = {
@@ -69,13 +76,15 @@ class Buffer:
     """``size_bytes`` of memory that ``node`` owns; ``reads``: what it is computed from, buffers and
     inputs of the graph.
 
-    ``is_fused``: written by a kernel of Inductor's, which may put it in the place of one it reads
-    for the last time. ``is_output``: what the graph returns, or a part of it.
+    ``over``: buffers in whose place a kernel of Inductor's may write it, if it reads them for the
+    last time. ``is_fused``: written by such a kernel. ``is_output``: what the graph returns, or a
+    part of it.
     """
 
     node: fx.Node
     size_bytes: Size
     reads: frozenset[fx.Node]
+    over: frozenset[fx.Node]
     is_fused: bool
     is_output: bool
 
@@ -87,6 +96,8 @@ def find_buffers(view: GraphView) -> list[Buffer]:
     readers = view.readers()
     masks = _masks_of_attention(view, owners)
     loads: dict[fx.Node, frozenset[fx.Node]] = {}
+    written: set[fx.Node] = set()
+    places = Places()
     buffers = []
     for node in view.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -95,16 +106,25 @@ def find_buffers(view: GraphView) -> list[Buffer]:
             continue
         if (owner := owners.get(node, node)) is not node:
             loads[node] = loads.get(owner, frozenset())
+            places.add_view(node, owner, is_formula=owner not in written)
             continue
         reads = frozenset().union(*(loads.get(x, frozenset()) for x in view.inputs(node)))
         fused = node not in view.lowered and _is_fused(node)
+        over: frozenset[fx.Node] = frozenset()
+        if fused:
+            places.add_formula(node, view.inputs(node))
+            over = places.written_over(node)
         is_formula = fused and not _is_written_all_the_same(node, readers[node] > 1, len(reads))
+        if packet(node) in _JOINS:
+            is_formula = is_formula and _is_joined_where_read(node, owners, written)
         if is_formula and node not in forced and node not in view.written:
             loads[node] = reads
             continue
         loads[node] = frozenset({node})
+        written.add(node)
+        places.add_buffer(node)
         size = tensor_bytes(_tensors(node)) * masks.get(node, 1)
-        buffers.append(Buffer(node, size, reads, fused, node in returned))
+        buffers.append(Buffer(node, size, reads, over, fused, node in returned))
     return buffers
 
 
@@ -181,6 +201,26 @@ def _is_written_all_the_same(node: fx.Node, is_shared: bool, loads: int) -> bool
     if is_aten(node) and packet(node) in _REDUCTIONS:
         return True
     return loads > MOST_LOADS or (is_shared and loads > MOST_LOADS_OF_SHARED)
+
+
+def _is_joined_where_read(
+    node: fx.Node, owners: Mapping[fx.Node, fx.Node], written: Container[fx.Node]
+) -> bool:
+    joined = pytree.tree_leaves(node.args[0])
+    formulas = [x for x in joined if owners.get(x, x) not in written and x.op == "call_function"]
+    if value(node).device.type == "cpu" or len(joined) > MOST_JOINED or not formulas:
+        return False
+    return _is_read_elementwise(node, owners) or len(formulas) == len(joined)
+
+
+def _is_read_elementwise(node: fx.Node, owners: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether only elementwise operators read ``node``, if views of it."""
+    return all(
+        is_pointwise(user)
+        or packet(user) in _JOINS
+        or (user in owners and _is_read_elementwise(user, owners))
+        for user in node.users
+    )
 
 
 def _masks_of_attention(view: GraphView, owners: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:

@@ -1,8 +1,8 @@
 """How much a graph holds at most: a walk over its buffers, from the first write to the last read.
 
 A library call's result lies beside all that it reads. A kernel that Inductor writes puts its result
-in the place of something of the same size that it reads for the last time. What the graph returns
-stays to the end.
+in the place of something of the same size that it reads there for the last time. What the graph
+returns stays to the end.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -181,14 +181,14 @@ def _is_library_attention(view: GraphView, node: fx.Node) -> bool:
 
 def _replaced(buffer: Buffer, dying: list[fx.Node], held: Mapping[fx.Node, Size]) -> fx.Node | None:
     """The buffer in whose place ``buffer`` is written."""
-    if not buffer.is_fused:
-        return None
     dtype = getattr(value(buffer.node), "dtype", None)
     return next(
         (
             node
             for node in dying
-            if held.get(node) == buffer.size_bytes and getattr(value(node), "dtype", None) == dtype
+            if node in buffer.over
+            and held.get(node) == buffer.size_bytes
+            and getattr(value(node), "dtype", None) == dtype
         ),
         None,
     )
