@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import flashsvd_compile as fsc
 from tests.spelled import (
     ALL_LOW_RANK,
     ATTENDS,
@@ -18,6 +19,7 @@ from tests.spelled import (
     HEAD_LAYOUTS,
     HEADS,
     HIDDEN,
+    OPTIONS,
     PROJECTIONS,
     RANK,
     Attention,
@@ -255,6 +257,43 @@ def test_grouped_query_attention(attend, name, dynamic, tmp_path):
     calls = [(hidden_states(b, m),) for b, m, _ in (SIZES if dynamic else SIZES[:1])]
     check(GroupedQuery(name, attend), *calls, into=tmp_path, found=ONE_SITE, ranks=ALL_LOW_RANK,
           dynamic=dynamic)  # fmt: skip
+
+
+class TurnedKeys(GroupedQuery):
+    """Queries and keys are turned, so that only values stay low-rank."""
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+                   for p in (self.q, self.k, self.v))  # fmt: skip
+        return self.attend(q.sin(), k.sin(), v)
+
+
+VALUES_LOW_RANK = {"q": "dense", "k": "dense", "v": "4"}
+
+
+@pytest.mark.parametrize("attend", ["repeat_kv", "repeat_interleave", "repeat_kv_by_hand"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dense_keys_are_read_before_they_are_repeated(attend, dynamic, tmp_path):
+    model, x = TurnedKeys("sequential", attend), hidden_states()
+    check(model, (x,), into=tmp_path, found=ONE_SITE, ranks=VALUES_LOW_RANK, dynamic=dynamic)
+    (graph,) = fsc.explain(model, x, options=OPTIONS).graphs
+    repeats = "repeat_interleave" if attend == "repeat_interleave" else "expand"
+    assert f"aten.{repeats}" in graph.before
+    assert f"aten.{repeats}" not in graph.after
+
+
+def test_keys_that_are_written_into_after_they_were_repeated(tmp_path):
+    class Overwritten(TurnedKeys):
+        def forward(self, x):
+            q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+                       for p in (self.q, self.k, self.v))  # fmt: skip
+            turned = k.sin()
+            repeated = _repeat_kv(turned)
+            turned.zero_()
+            return sdpa(q.sin(), repeated, _repeat_kv(v)) + turned.mean()
+
+    check(Overwritten("sequential", "repeat_kv"), (hidden_states(),), into=tmp_path,
+          found=ONE_SITE, ranks=VALUES_LOW_RANK)  # fmt: skip
 
 
 # ---- what surrounds a site ----------------------------------------------------------------------

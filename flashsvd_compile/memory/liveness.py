@@ -16,6 +16,7 @@ from flashsvd_compile.analysis.calls import arguments, aten, packet, value
 from flashsvd_compile.memory.buffers import Buffer, find_buffers
 from flashsvd_compile.memory.convolution import convolution_scratch_bytes
 from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
+from flashsvd_compile.memory.matmul import repeated_operands
 from flashsvd_compile.memory.view import GraphView
 
 
@@ -24,7 +25,7 @@ class Moment:
     """What is held while ``node`` runs: bytes by the node that owns them.
 
     ``scratch_bytes``: what the operator takes for itself meanwhile; ``returned``: the owners that
-    the graph returns.
+    the graph returns, and those in whose place these are written.
     """
 
     node: fx.Node
@@ -109,7 +110,9 @@ def walk(view: GraphView) -> MemoryProfile:
         found = view.lowered.get(buffer.node)
         if found is not None and found.is_early:
             ahead.setdefault(_first_product(buffer, buffers, index_of), []).append(buffer)
+    copied, waiting = _copies_of_operands(view, buffers)
     held: dict[fx.Node, Size] = {}
+    written_over: dict[fx.Node, fx.Node] = {}
     moments = []
     for index, buffer in enumerate(buffers):
         dying = [n for n in held if last_read.get(n) == index]
@@ -117,14 +120,20 @@ def walk(view: GraphView) -> MemoryProfile:
         replaced = _replaced(buffer, dying, held)
         if replaced is not None:
             del held[replaced]
+            written_over[buffer.node] = replaced
         held[buffer.node] = buffer.size_bytes
-        moments.append(Moment(buffer.node, dict(held), _scratch(view, buffer.node), returned))
+        scratch = _scratch(view, buffer.node) + copied.get(buffer.node, 0) + waiting[index]
+        moments.append((buffer.node, dict(held), scratch))
         held |= {early.node: early.size_bytes for early in ahead.get(index, ())}
         for node in dying:
             held.pop(node, None)
         if buffer.node not in last_read and buffer.node not in returned:
             held.pop(buffer.node)
-    return MemoryProfile(moments)
+    for node in returned:
+        while node in written_over:
+            node = written_over[node]
+            returned |= {node}
+    return MemoryProfile([Moment(*moment, returned) for moment in moments])
 
 
 def _scratch(view: GraphView, node: fx.Node) -> Size:
@@ -145,6 +154,24 @@ def _scratch(view: GraphView, node: fx.Node) -> Size:
     if named["attn_mask"] is not None:
         scratch += mask_scratch_bytes(value(named["attn_mask"]), rows, key[2], False, dtype)
     return scratch
+
+
+def _copies_of_operands(
+    view: GraphView, buffers: Sequence[Buffer]
+) -> tuple[dict[fx.Node, Size], list[Size]]:
+    """Bytes of operands copied for each matmul while it runs, and of what is copied ahead."""
+    copied: dict[fx.Node, Size] = {}
+    waiting: list[Size] = []
+    ahead: Size = sympy.S.Zero
+    for buffer in reversed(buffers):
+        if buffer.node not in view.lowered:
+            for operand, size in repeated_operands(buffer.node).items():
+                if operand.op != "call_function" and value(operand).device.type == "cpu":
+                    ahead += size
+                else:
+                    copied[buffer.node] = copied.get(buffer.node, sympy.S.Zero) + size
+        waiting.append(ahead)
+    return copied, waiting[::-1]
 
 
 def _first_product(

@@ -93,6 +93,52 @@ def test_peaks_are_those_of_the_allocator(shape, options):
     assert found.total_bytes == pytest.approx(measured, rel=0.05)
 
 
+def heads_in_front(h):
+    return h.view(3, 77, 4, 16).transpose(1, 2).contiguous()
+
+
+def rotated(h):
+    left, right = h.chunk(2, -1)
+    return h.cos() * h + torch.cat([-right, left], -1) * h.sin()
+
+
+@pytest.mark.parametrize(
+    ("between", "copies"),
+    [
+        (F.gelu, 1),  # written over h
+        (lambda h: F.gelu(h.view(-1)).view(h.shape), 1),
+        (heads_in_front, 2),  # reads h elsewhere than it writes
+        (lambda h: h + h.flip(1), 2),
+        (lambda h: F.pad(h, (0, 1))[..., 1:], 2),
+        (rotated, 2),  # what is concatenated lies side by side on a CPU
+    ],
+    ids=["in place", "in another shape", "transposed", "flipped", "shifted", "rotated"],
+)
+def test_a_result_is_written_over_what_is_read_in_place(between, copies):
+    def run(x, w, v):
+        return (between(x @ w).reshape(3, -1, 16) @ v).sin()
+
+    given = torch.randn(3, 77, 64), torch.randn(64, 64), torch.randn(16, 1)
+    found = peak(run, *given)
+    compiled = torch.compile(run, backend="flashsvd")
+    measured = peak_transient_bytes(lambda: compiled(*given), "cpu")
+    assert measured // given[0].nbytes == copies
+    assert found.total_bytes == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_factors_repeated_along_the_batch_are_copied(batch):
+    def run(x, factor, w):
+        h = x.view(batch, 77, 4, 16).transpose(1, 2) @ factor
+        return (h.transpose(1, 2).flatten(2) @ w).sin()
+
+    given = torch.randn(batch, 77, 64), torch.randn(4, 16, 512), torch.randn(2048, 1)
+    found = peak(run, *given)
+    compiled = torch.compile(run, backend="flashsvd")
+    measured = peak_transient_bytes(lambda: compiled(*given), "cpu")
+    assert found.total_bytes == pytest.approx(measured, rel=0.02)
+
+
 def patches(batch, dtype=torch.bfloat16, device="h100", groups=1, place="meta"):
     """MiB that ViT-B/16's patch embedding holds, and something that reads it."""
     with torch.device(place):
