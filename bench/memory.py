@@ -178,8 +178,8 @@ def main() -> None:
         for row in table:
             rows.append(row)
             print(row, flush=True)
+            write_results(f"memory_{args.device}", rows, args.device)
         print(f"\n{tabulate(rows[start:], headers='keys')}\n", flush=True)
-        write_results(f"memory_{args.device}", rows, args.device)
 
 
 if __name__ == "__main__":

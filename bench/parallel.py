@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ def my_turn() -> AbstractContextManager[Any]:
 def in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int
 ) -> Iterator[Result]:
-    """``function`` of each, in order, each as soon as it and those before it are there."""
+    """``function`` of each, as soon as it is there: in no order, where there are several jobs."""
     if jobs == 1:
         yield from map(function, items)
         return
@@ -32,7 +32,8 @@ def in_processes(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=_start, initargs=(spawn.Lock(),)) as pool:
         try:
-            yield from pool.map(function, items)
+            for done in as_completed([pool.submit(function, item) for item in items]):
+                yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

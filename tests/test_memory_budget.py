@@ -54,7 +54,7 @@ UNFUSED = {"attention": "unfused", "feed_forward": "unfused", "chain": "unfused"
 
 
 def free_bytes(x) -> int:
-    """Whatever is fastest on this machine today."""
+    """Unfused: what is fastest, and so what is planned freely, is not the same on every day."""
     return fsc.explain(model(), x, options=UNFUSED).peaks[0].transient_bytes
 
 
@@ -79,7 +79,9 @@ def test_kept_and_right(shape, share, blocks):
     budget = int(free_bytes(x) * share)
     told = fsc.explain(inner, x, options={"memory_budget": budget})
     assert told.peaks[0].transient_bytes <= budget
-    assert any(s.reason.code.value == "memory_budget" for s in told.sites)
+    (fastest,) = fsc.explain(inner, x).peaks
+    changed = any(s.reason.code.value == "memory_budget" for s in told.sites)
+    assert changed == (fastest.transient_bytes > budget)
     planned = [s.plan.blocks for s in told.sites if s.kind == "attention"]
     assert {b and (b.batch, b.heads) for b in planned} == {blocks}
     run = compiled(inner, budget)
