@@ -77,14 +77,14 @@ class Buffer:
     inputs of the graph.
 
     ``over``: buffers in whose place a kernel of Inductor's may write it, if it reads them for the
-    last time. ``is_fused``: written by such a kernel. ``is_output``: what the graph returns, or a
-    part of it.
+    last time, the likeliest first. ``is_fused``: written by such a kernel. ``is_output``: what the
+    graph returns, or a part of it.
     """
 
     node: fx.Node
     size_bytes: Size
     reads: frozenset[fx.Node]
-    over: frozenset[fx.Node]
+    over: tuple[fx.Node, ...]
     is_fused: bool
     is_output: bool
 
@@ -110,16 +110,15 @@ def find_buffers(view: GraphView) -> list[Buffer]:
             continue
         reads = frozenset().union(*(loads.get(x, frozenset()) for x in view.inputs(node)))
         fused = node not in view.lowered and _is_fused(node)
-        over: frozenset[fx.Node] = frozenset()
         if fused:
             places.add_formula(node, view.inputs(node))
-            over = places.written_over(node)
         is_formula = fused and not _is_written_all_the_same(node, readers[node] > 1, len(reads))
         if packet(node) in _JOINS:
             is_formula = is_formula and _is_joined_where_read(node, owners, written)
         if is_formula and node not in forced and node not in view.written:
             loads[node] = reads
             continue
+        over = places.written_over(node) if fused else ()
         loads[node] = frozenset({node})
         written.add(node)
         places.add_buffer(node)

@@ -212,8 +212,8 @@ def _replaced(buffer: Buffer, dying: list[fx.Node], held: Mapping[fx.Node, Size]
     return next(
         (
             node
-            for node in dying
-            if node in buffer.over
+            for node in buffer.over
+            if node in dying
             and held.get(node) == buffer.size_bytes
             and getattr(value(node), "dtype", None) == dtype
         ),

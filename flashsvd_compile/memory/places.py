@@ -4,7 +4,8 @@
     y = h.mT.contiguous() reads h elsewhere, as does h + h.flip(0)
 
 Inductor writes a result over what it reads for the last time only where every element is read at
-the index at which it is written (torch 2.11 to 2.13, ``scheduler.SchedulerNode.can_inplace``).
+the index at which it is written (torch 2.11 to 2.13, ``scheduler.SchedulerNode.can_inplace``), and
+of several over the one that it reads first.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ _MOVES = {
 }  # fmt: skip
 
 _Layout = tuple[Size, ...]
+_Reads = dict[tuple[fx.Node, _Layout], None]  # in the order in which they are read
 _ELSEWHERE: _Layout = ()
 
 
@@ -29,34 +31,36 @@ class Places:
     """Of each node met so far, the buffers that it reads, each with the layout it is read in."""
 
     def __init__(self) -> None:
-        self._read: dict[fx.Node, frozenset[tuple[fx.Node, _Layout]]] = {}
+        self._read: dict[fx.Node, _Reads] = {}
 
     def add_buffer(self, node: fx.Node) -> None:
-        self._read[node] = frozenset({(node, _layout(node))})
+        self._read[node] = {(node, _layout(node)): None}
 
     def add_view(self, node: fx.Node, owner: fx.Node, is_formula: bool) -> None:
         """``node`` is a view of ``owner``, of which nothing lies in memory if ``is_formula``."""
         if is_formula:
             self._read[node] = self._as_read(owner, in_place=_layout(node) == _layout(owner))
         else:
-            self._read[node] = frozenset({(owner, _layout(node))})
+            self._read[node] = {(owner, _layout(node)): None}
 
     def add_formula(self, node: fx.Node, inputs: Iterable[fx.Node]) -> None:
         """``node`` is computed element by element where it is read, if nothing else is said."""
         moves, shape = packet(node) in _MOVES, _shape(node)
-        self._read[node] = frozenset().union(
-            *(self._as_read(x, in_place=not moves and _shape(x) == shape) for x in inputs)
-        )
+        read: _Reads = {}
+        for x in inputs:
+            read |= self._as_read(x, in_place=not moves and _shape(x) == shape)
+        self._read[node] = read
 
-    def written_over(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The buffers that the formula ``node`` reads where it would be written, and only there."""
+    def written_over(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The buffers that the formula ``node`` reads where it would be written, and only there,
+        those first that it reads first."""
         layout, read = _layout(node), self._read[node]
         elsewhere = {owner for owner, its in read if its != layout}
-        return frozenset(owner for owner, _ in read) - elsewhere
+        return tuple(owner for owner, _ in read if owner not in elsewhere)
 
-    def _as_read(self, node: fx.Node, in_place: bool) -> frozenset[tuple[fx.Node, _Layout]]:
-        found = self._read.get(node, frozenset())
-        return found if in_place else frozenset((owner, _ELSEWHERE) for owner, _ in found)
+    def _as_read(self, node: fx.Node, in_place: bool) -> _Reads:
+        found = self._read.get(node, {})
+        return found if in_place else dict.fromkeys((owner, _ELSEWHERE) for owner, _ in found)
 
 
 def _shape(node: fx.Node) -> _Layout | None:
