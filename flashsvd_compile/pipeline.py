@@ -1,7 +1,5 @@
 """The compiler's table of contents: from Dynamo's graph to the rewritten one."""
 
-import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -12,17 +10,18 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from flashsvd_compile.analysis.axes import Size
-from flashsvd_compile.analysis.calls import aten, is_aten, overload
 from flashsvd_compile.analysis.siblings import find_siblings
 from flashsvd_compile.analysis.site_records import Site, Skip
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
+from flashsvd_compile.clock import Clock
 from flashsvd_compile.contest import Contest
 from flashsvd_compile.factoring.feed import Feed
 from flashsvd_compile.factoring.planned_factors import factor_weights
 from flashsvd_compile.factoring.records import Factoring
 from flashsvd_compile.fingerprint import fingerprint
+from flashsvd_compile.lowering.dead_code import erase_dead
 from flashsvd_compile.lowering.einsum import split_einsums
 from flashsvd_compile.lowering.idle_casts import drop_idle_casts
 from flashsvd_compile.lowering.in_place import free_in_place
@@ -158,7 +157,7 @@ def _rewrite(
 ) -> Rewritten:
     """See `rewrite`; ``unseen_bytes``: what a memory budget has to leave for what plans do not
     tell, such as masks."""
-    clock = _Clock()
+    clock = Clock()
     may_measure = compiled is not None
     may_measure = may_measure and not any(isinstance(x, FakeTensor) for x in example_inputs)
     race, tiled = None, _as_planned
@@ -170,7 +169,7 @@ def _rewrite(
     drop_idle_casts(module.graph)
     free_in_place(module.graph)
     split_einsums(module.graph)
-    _erase_dead(module.graph)
+    erase_dead(module.graph)
     before = _code(module)
     clock.lap("normalize")
     untouched = None
@@ -186,7 +185,7 @@ def _rewrite(
             keep=options.keep,
             weight_budget=options.weight_budget,
         )
-        _erase_dead(module.graph)
+        erase_dead(module.graph)
         clock.lap("factoring")
 
     facts = sweep(module.graph)
@@ -231,7 +230,7 @@ def _rewrite(
     )
     clock.lap("measure")
 
-    _erase_dead(module.graph)
+    erase_dead(module.graph)
     # Latents that no site computes itself stand alone in the graph now.
     siblings, missed = find_siblings(facts, module.graph)
     placement = Placement(facts, placement.values)  # sizes that it knew may be among the erased
@@ -244,7 +243,7 @@ def _rewrite(
     settle_strides(module.graph, replaced, facts.mutated)
     if (replaced or options.memory_budget is not None) and not torch.is_grad_enabled():
         write_once(module.graph, facts.mutated)
-    _erase_dead(module.graph)
+    erase_dead(module.graph)
     module.graph.lint()
     module.recompile()
     clock.lap("rewrite")
@@ -331,36 +330,5 @@ def _with_fastest_tile(plan: Plan, result: fx.Node, options: Options, may_measur
     return replace(plan, tiling=tiling.measured(tile, source))
 
 
-def _erase_dead(graph: fx.Graph) -> None:
-    """Remove what nobody reads and what changes nothing: no mutation, no random numbers."""
-    for node in reversed(graph.nodes):
-        if not node.users and node.op == "call_function" and _is_pure(node):
-            graph.erase_node(node)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    if not (is_aten(node) or getattr(node.target, "namespace", "") == "flashsvd"):
-        return False
-    op = overload(node)
-    seeded = torch.Tag.nondeterministic_seeded in op.tags
-    harmless = op.overloadpacket is aten.dropout and not node.args[2]
-    return not op._schema.is_mutable and (not seeded or harmless)
-
-
 def _code(module: fx.GraphModule) -> str:
     return module.graph.python_code("self").src
-
-
-class _Clock:
-    """Seconds of each pass."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
