@@ -5,6 +5,7 @@ the others batch.
 """
 
 import sympy
+import torch
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import Operand
@@ -81,9 +82,9 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     for operand, own_rows, region, why, (own_batch, own_heads) in zip(
         operands, rows, regions, whys, split, strict=False
     ):
-        arm = _arm(facts, operand, own_batch, own_heads, own_rows, region, why)
+        arm = _arm(facts, found.node, operand, own_batch, own_heads, own_rows, region, why)
         if isinstance(arm, Reason):
-            arm = _arm(facts, operand, own_batch, own_heads, own_rows, None, arm)
+            arm = _arm(facts, found.node, operand, own_batch, own_heads, own_rows, None, arm)
         if isinstance(arm, Reason):
             return arm
         arms.append(arm)
@@ -155,6 +156,7 @@ def _why_dense(
 
 def _arm(
     facts: Facts,
+    result: fx.Node,
     operand: Operand,
     batch: Dim,
     heads: Dim,
@@ -167,7 +169,7 @@ def _arm(
     width = facts.atoms(node, operand.feature)
     if not isinstance(volume(width), sympy.Integer):
         return reason_at(node, Code.BAD_LAYOUT, "a symbolic head_dim", "a number")
-    held = _unrepeated(facts, node)
+    held = _unrepeated(facts, node, facts.regions[result])
     dense = Labelled((held,), facts.axes[held])
     if not _is_leading(heads, set(dense.atoms(space))):
         return reason_at(node, Code.BAD_LAYOUT, "heads repeated over the outer dimension")
@@ -199,22 +201,27 @@ def _arm(
     )  # fmt: skip
 
 
-def _unrepeated(facts: Facts, node: fx.Node) -> fx.Node:
+def _unrepeated(facts: Facts, node: fx.Node, region: int) -> fx.Node:
     """What ``node`` holds more than once, before it was repeated: such as the keys of each group.
 
-    A copy that repeats need not be written then.
+    A copy that repeats need not be written then. ``region``: of the graph, where it is read; a
+    repeat in another one may stop gradients.
     """
     found = node
     while any(atom.broadcast for atom in _all_atoms(facts, found)):
         source = found.args[0] if is_layout(found) else None
         if not isinstance(source, fx.Node) or source not in facts.axes or source in facts.mutated:
             return node
-        if value(source).dtype != value(node).dtype or _varying(facts, source) != _varying(
-            facts, node
-        ):
+        if facts.regions[found] != region or _kind(source) != _kind(node):
+            return node
+        if _varying(facts, source) != _varying(facts, node):
             return node
         found = source
     return found
+
+
+def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device]:
+    return value(node).dtype, value(node).device
 
 
 def _varying(facts: Facts, node: fx.Node) -> set[Atom]:

@@ -16,6 +16,7 @@ in its finest known parts (:meth:`AxisSpace.leaves`).
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -49,7 +50,11 @@ def size_of(value: int | torch.SymInt) -> Size:
     """
     if isinstance(value, int):
         return sympy.Integer(value)
-    expression = sympy.sympify(value.node.expr)
+    return _simplified(sympy.sympify(value.node.expr))
+
+
+@lru_cache(maxsize=1024)  # many tensors of a graph share few sizes
+def _simplified(expression: Size) -> Size:
     return expression.replace(FloorDiv, lambda a, b: q if (q := quotient(a, b)) else FloorDiv(a, b))
 
 

@@ -87,6 +87,8 @@ def _visit(facts: Facts, node: fx.Node) -> None:
     if node not in facts.axes:
         facts.axes[node] = _axes(facts, node)
     if node in facts.mutated:
+        if any(a.broadcast for dim in facts.axes[node] for a in facts.space.leaves(dim)):
+            facts.axes[node] = facts.space.fresh(shape_of(value(node)))  # repeats may differ by now
         _lose(facts, node, Code.MUTATED, "memory that is written in place")
         return
     _infer(facts, node)
