@@ -208,7 +208,7 @@ def _unrepeated(facts: Facts, node: fx.Node, region: int) -> fx.Node:
     repeat in another one may stop gradients.
     """
     found = node
-    while any(atom.broadcast for atom in _all_atoms(facts, found)):
+    while any(atom.broadcast for atom in facts.all_atoms(found)):
         source = found.args[0] if is_layout(found) else None
         if not isinstance(source, fx.Node) or source not in facts.axes or source in facts.mutated:
             return node
@@ -225,11 +225,7 @@ def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device]:
 
 
 def _varying(facts: Facts, node: fx.Node) -> set[Atom]:
-    return {atom for atom in _all_atoms(facts, node) if not atom.broadcast}
-
-
-def _all_atoms(facts: Facts, node: fx.Node) -> Dim:
-    return facts.atoms(node, tuple(range(len(facts.axes[node]))))
+    return {atom for atom in facts.all_atoms(node) if not atom.broadcast}
 
 
 def _is_leading(heads: Dim, atoms: set[Atom]) -> bool:

@@ -106,6 +106,10 @@ class Facts:
         """The finest atoms of some of the node's dimensions, in the order given."""
         return self.space.leaves(tuple(a for d in dims for a in self.axes[node][d]))
 
+    def all_atoms(self, node: fx.Node) -> Dim:
+        """The finest atoms of all of the node's dimensions, in their order."""
+        return self.atoms(node, tuple(range(len(self.axes[node]))))
+
     def is_given(self, node: fx.Node) -> bool:
         """Is ``node`` a weight or an input, and not what the graph computes from inputs?"""
         return node in self.weights or node in self.inputs

@@ -87,7 +87,7 @@ def _visit(facts: Facts, node: fx.Node) -> None:
     if node not in facts.axes:
         facts.axes[node] = _axes(facts, node)
     if node in facts.mutated:
-        if any(a.broadcast for dim in facts.axes[node] for a in facts.space.leaves(dim)):
+        if any(atom.broadcast for atom in facts.all_atoms(node)):
             facts.axes[node] = facts.space.fresh(shape_of(value(node)))  # repeats may differ by now
         _lose(facts, node, Code.MUTATED, "memory that is written in place")
         return
