@@ -9,10 +9,8 @@ from tabulate import tabulate
 from torch.utils._pytree import tree_leaves
 
 from bench.measure import captured, median_ms, peak_transient_bytes
-from bench.targets import Target, print_verdicts, verdicts
+from bench.targets import AGREEMENT, Target, print_verdicts, verdicts
 from bench.work import Work
-
-AGREEMENT = 1.03  # two runs that differ by more were disturbed: neither is a figure
 
 
 def contest(
@@ -53,7 +51,7 @@ def contest(
     if floor_ms is not None:
         table["over the floor"] = [f"{ms / floor_ms:.2f}" for ms in times.values()]
     print(tabulate(table, headers="keys", disable_numparse=True), flush=True)
-    return row | {"verdicts": print_verdicts(verdicts(targets, times, transient))}
+    return row | {"verdicts": print_verdicts(verdicts(targets, times, transient, apart))}
 
 
 def compare(
@@ -88,7 +86,7 @@ def compare(
         "two_runs": apart,
         "peak_bytes": peaks,
         "error": dict(errors),
-        "verdicts": print_verdicts(verdicts(asked, times, peaks)),
+        "verdicts": print_verdicts(verdicts(asked, times, peaks, apart)),
     }
 
 
