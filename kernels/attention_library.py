@@ -7,8 +7,10 @@
 Operands: ``attention_operands.py``. K and V never exist at full width, and P_k and P_v of fewer
 heads than H are not repeated. torch's flash attention on CPU takes one width for all three and
 unit strides along it (torch 2.13: ``use_flash_attention_cpp``), or else falls back to scores in
-memory: the narrower latent is padded with zero columns, which change neither scores nor output.
-Each operator rounds to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
+memory: the narrower latent is padded with zero columns, which change neither scores nor output. A
+GPU's does so where the width is no multiple of 16 bytes, or where heads come in groups and there is
+a mask (torch 2.11: ``sdp_utils.cpp``): there latents are padded and repeated. Each operator rounds
+to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
 """
 
 import math
@@ -19,6 +21,8 @@ from flashsvd_compile.kernels.attention_operands import AttentionOperands, Atten
 from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
 from torch import Tensor
 
+GPU_ALIGNED_BYTES = 16
+
 
 def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     """[B, H, M, D_v] in memory laid out [B, M, H, D_v]; differentiable."""
@@ -26,8 +30,10 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     queries = _rank_space_queries(of)
     if mask is not None:
         mask = attention_mask(mask, is_causal, shape.queries, shape.keys, of.q.dtype)
-    width = max(shape.rank_k, shape.rank_v)
-    kv_heads = math.lcm(of.k.shape[1], of.v.shape[1])  # divides num_heads, as both do
+    width = attended_width(of)
+    in_groups = not of.q.is_cuda or mask is None
+    # The least common multiple divides num_heads, as both do.
+    kv_heads = math.lcm(of.k.shape[1], of.v.shape[1]) if in_groups else of.num_heads
     latent = F.scaled_dot_product_attention(
         _pad_rank(queries, width),
         _pad_rank(repeat_heads(of.k, kv_heads, 1), width),
@@ -41,6 +47,12 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     if of.v_bias is not None and mask is not None:
         output = torch.where(_sees_a_key(mask), output, 0.0)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attended_width(of: AttentionOperands) -> int:
+    """Columns of queries, keys and values that SDPA is given."""
+    multiple = GPU_ALIGNED_BYTES // of.q.element_size() if of.q.is_cuda else 1
+    return -(-max(of.shape.rank_k, of.shape.rank_v) // multiple) * multiple
 
 
 def _rank_space_queries(of: AttentionOperands) -> Tensor:

@@ -3,7 +3,7 @@
 On CUDA the Triton kernels run, elsewhere the same mathematics on library operators; both take
 the operands that the graph names, so one rewritten graph serves every device. The compiler that
 follows sees a Triton kernel's launch as a node of its own; what runs on library operators stays
-opaque to it. A gradient recomputes the plain lifted expression.
+opaque to it. A gradient recomputes the plain expression.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from flashsvd_compile.kernels.attention_blocks import (
 )
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
+from flashsvd_compile.kernels.attention_recomputed import recomputed_attention
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
 from flashsvd_compile.kernels.chain_tiles import ChainTile
@@ -377,7 +378,7 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
 
 
 _differentiable(
-    "rank_space_attention", lifted_attention, _attention_operands,
+    "rank_space_attention", recomputed_attention, _attention_operands,
     ("num_heads", "is_causal", "scale"),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
