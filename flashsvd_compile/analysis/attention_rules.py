@@ -90,6 +90,10 @@ def product(facts: Facts, product: Contraction, dims: Dims) -> None:
                 return
             _weighted_sum(facts, product, dims, side, other)
             return
+        values = (product.left, product.right)[other]
+        if weights in facts.ended and values in facts.factored:
+            facts.misses.append(Miss("attention", product.node, facts.ended[weights]))
+            return
     if product.left in facts.weights:
         return
     names = dict(zip(product.out_letters, dims, strict=True))
@@ -274,8 +278,9 @@ def _with_mask(
     return None if labels is None else scores.masked(ScoreMask(mask, labels, fill, where))
 
 
-def miss_here(facts: Facts, node: fx.Node, reason: Reason | None) -> None:
-    """Scores end at ``node``: a near-miss if queries or keys are low-rank."""
+def miss_here(facts: Facts, node: fx.Node, reason: Reason) -> None:
+    """Scores end at ``node``: a near-miss if queries or keys are low-rank, or, as their weighted
+    sum will tell, the values."""
     known = [
         fact
         for source in node.all_input_nodes
@@ -284,6 +289,15 @@ def miss_here(facts: Facts, node: fx.Node, reason: Reason | None) -> None:
     ]
     for fact in known:
         ends = (fact.left, fact.right) if isinstance(fact, Scores) else (fact.query, fact.key)
-        if reason is not None and any(end.node in facts.factored for end in ends):
+        if any(end.node in facts.factored for end in ends):
             facts.misses.append(Miss("attention", node, reason))
             return
+    if known:
+        facts.ended[node] = reason
+
+
+def pass_on_end(facts: Facts, node: fx.Node) -> None:
+    """What is computed from scores that ended, elementwise or by a softmax, has ended with them."""
+    for source in node.all_input_nodes:
+        if source in facts.ended:
+            facts.ended.setdefault(node, facts.ended[source])

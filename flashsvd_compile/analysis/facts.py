@@ -85,7 +85,10 @@ class Miss:
 
 @dataclass
 class Facts:
-    """Filled by the sweep, read-only afterwards."""
+    """Filled by the sweep, read-only afterwards.
+
+    ``ended``: why a tensor that was made of scores is none of attention's any more.
+    """
 
     space: AxisSpace = field(default_factory=AxisSpace)
     axes: dict[fx.Node, Dims] = field(default_factory=dict)
@@ -93,6 +96,7 @@ class Facts:
     factored: dict[fx.Node, Factored] = field(default_factory=dict)
     scores: dict[fx.Node, Scores] = field(default_factory=dict)
     probabilities: dict[fx.Node, Probabilities] = field(default_factory=dict)
+    ended: dict[fx.Node, Reason] = field(default_factory=dict)
     pointwise: dict[fx.Node, Pointwise] = field(default_factory=dict)
     lost: dict[fx.Node, Lost] = field(default_factory=dict)
     weights: set[fx.Node] = field(default_factory=set)

@@ -97,10 +97,13 @@ def _visit(facts: Facts, node: fx.Node) -> None:
 def _infer(facts: Facts, node: fx.Node) -> None:
     """New facts from the facts of the inputs, by family."""
     if is_layout(node):
+        attention_rules.pass_on_end(facts, node)
         return
     if (product := read_contraction(node)) is not None:
         product_rules.product(facts, product)
-    elif packet(node) is aten.scaled_dot_product_attention:
+        return
+    attention_rules.pass_on_end(facts, node)
+    if packet(node) is aten.scaled_dot_product_attention:
         attention_rules.sdpa(facts, node)
     elif packet(node) in (aten.softmax, aten._softmax) and node.args[0] in facts.scores:
         attention_rules.softmax(facts, node)
@@ -228,6 +231,8 @@ def _cat(facts: Facts, node: fx.Node) -> None:
     parts = [facts.factored.get(part) for part in named["tensors"]]
     found = [part for part in parts if part is not None]
     if not found or len(found) != len(parts):
+        reason = reason_at(node, Code.OP_NOT_CARRIED, str(node.target), "a number or a mask")
+        attention_rules.miss_here(facts, node, reason)
         return
     dims = [facts.axes[part] for part in named["tensors"]]
     axis = named["dim"] % len(dims[0])
@@ -318,7 +323,11 @@ def _lose(facts: Facts, node: fx.Node, code: Code, observed: str, required: str 
     has simply ended.
     """
     attention_rules.miss_here(facts, node, reason_at(node, code, observed, required))
-    known = [n for n in tensor_inputs(node) if n not in facts.weights and constant(n) is None]
+    known = [
+        n
+        for n in tensor_inputs(node)
+        if n not in facts.weights and constant(n) is None and value(n).dtype in _REAL_NUMBERS
+    ]
     if len(known) != 1:
         return
     source = known[0]
