@@ -26,7 +26,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from flashsvd_compile.analysis.axes import Size, same, shape_of
-from flashsvd_compile.analysis.calls import aliased_argument, aten, is_tensor, packet, value
+from flashsvd_compile.analysis.calls import (
+    aliased_argument,
+    aten,
+    is_nested,
+    is_tensor,
+    packet,
+    value,
+)
 from flashsvd_compile.analysis.known_sizes import KnownSizes
 
 # Read tensors from memory, as our own operators do.
@@ -90,7 +97,11 @@ def _is_sum_of_a_sum(node: fx.Node) -> bool:
 
 def _is_sum(node: fx.Node) -> bool:
     """Whether ``node`` adds two tensors of its own shape."""
-    if node.target is not aten.add.Tensor or not all(map(is_tensor, node.args[:2])):
+    if (
+        is_nested(node)
+        or node.target is not aten.add.Tensor
+        or not all(map(is_tensor, node.args[:2]))
+    ):
         return False
     shape = shape_of(value(node))
     return all(
