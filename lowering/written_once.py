@@ -18,7 +18,7 @@ q, k and v of it itself.
 """
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection
 
 import sympy
 from flashsvd_compile.lowering.builder import Builder
@@ -43,18 +43,18 @@ _LIBRARY = {
 }  # fmt: skip
 
 
-def write_once(graph: fx.Graph, mutated: Container[fx.Node]) -> None:
+def write_once(graph: fx.Graph, mutated: Collection[fx.Node]) -> None:
     """``mutated``: nodes whose memory the graph writes into; they are left alone."""
     sizes = KnownSizes()
-    copied = _copied(graph)
+    chosen = (_copied(graph) - set(mutated)) | sums_of_sums(graph, mutated)
     for node in list(graph.nodes):
-        if node not in mutated and (node in copied or _is_sum_of_a_sum(node)):
+        if node in chosen:
             _write(node, Builder(node.next, sizes=sizes))
 
 
-def sums_of_sums(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The residual sums of ``graph``: they are there whichever of its sites are lowered."""
-    return frozenset(filter(_is_sum_of_a_sum, graph.nodes))
+def sums_of_sums(graph: fx.Graph, mutated: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """The residual sums that ``write_once`` writes: they are there whichever sites are lowered."""
+    return frozenset(n for n in graph.nodes if n not in mutated and _is_sum_of_a_sum(n))
 
 
 def _copied(graph: fx.Graph) -> set[fx.Node]:

@@ -4,7 +4,7 @@ Library operators and streaming kernels are judged by the same formula, so that 
 what they do: how wide the attention runs, what is lifted where, and what reaches memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -90,9 +90,13 @@ def size_hints(values: list[object]) -> dict[Size, int]:
     """
     hints: dict[Size, int] = {}
     for value in values:
-        nested = isinstance(value, torch.Tensor) and value.is_nested
-        for size in stored(value).shape if nested else (value,):
-            hint = size.node.hint if isinstance(size, torch.SymInt) else None
+        sizes: Iterable[object] = (value,)
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            sizes = stored(value).shape
+        for size in sizes:
+            if not isinstance(size, torch.SymInt):
+                continue
+            hint = size.node.hint
             if hint is not None and not isinstance(hint, torch.SymInt):
                 hints[size.node.expr] = int(hint)
     return hints
