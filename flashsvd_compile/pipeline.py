@@ -211,7 +211,8 @@ def _rewrite(
     plans = drop_taken(plans_of(sites))
     largest = largest_sizes(module.graph, options, hints)
     if options.memory_budget is not None:
-        view_of = partial(GraphView, module.graph, written=sums_of_sums(module.graph))
+        written = sums_of_sums(module.graph, facts.mutated)
+        view_of = partial(GraphView, module.graph, written=written)
         plans = plan_within_budget(plans, view_of, facts, device_of, options, largest, unseen_bytes)
         hold_at_most(module.graph, largest)
     clock.lap("plan")

@@ -23,6 +23,7 @@ class Code(str, Enum):
     LATENT_HAS_OTHER_USER = "latent_has_other_user"
     MEMORY_BUDGET = "memory_budget"
     MUTATED = "mutated"
+    NESTED = "nested"
     NO_FUSED_LOWERING = "no_fused_lowering"
     NO_LOW_RANK_OPERAND = "no_low_rank_operand"
     NO_VALUES = "no_values"

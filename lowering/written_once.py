@@ -18,7 +18,7 @@ q, k and v of it itself.
 """
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection
 
 import sympy
 from flashsvd_compile.lowering.builder import Builder
@@ -26,7 +26,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from flashsvd_compile.analysis.axes import Size, same, shape_of
-from flashsvd_compile.analysis.calls import aliased_argument, aten, is_tensor, packet, value
+from flashsvd_compile.analysis.calls import (
+    aliased_argument,
+    aten,
+    is_nested,
+    is_tensor,
+    packet,
+    value,
+)
 from flashsvd_compile.analysis.known_sizes import KnownSizes
 
 # Read tensors from memory, as our own operators do.
@@ -36,18 +43,18 @@ _LIBRARY = {
 }  # fmt: skip
 
 
-def write_once(graph: fx.Graph, mutated: Container[fx.Node]) -> None:
+def write_once(graph: fx.Graph, mutated: Collection[fx.Node]) -> None:
     """``mutated``: nodes whose memory the graph writes into; they are left alone."""
     sizes = KnownSizes()
-    copied = _copied(graph)
+    chosen = (_copied(graph) - set(mutated)) | sums_of_sums(graph, mutated)
     for node in list(graph.nodes):
-        if node not in mutated and (node in copied or _is_sum_of_a_sum(node)):
+        if node in chosen:
             _write(node, Builder(node.next, sizes=sizes))
 
 
-def sums_of_sums(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The residual sums of ``graph``: they are there whichever of its sites are lowered."""
-    return frozenset(filter(_is_sum_of_a_sum, graph.nodes))
+def sums_of_sums(graph: fx.Graph, mutated: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """The residual sums that ``write_once`` writes: they are there whichever sites are lowered."""
+    return frozenset(n for n in graph.nodes if n not in mutated and _is_sum_of_a_sum(n))
 
 
 def _copied(graph: fx.Graph) -> set[fx.Node]:
@@ -90,7 +97,11 @@ def _is_sum_of_a_sum(node: fx.Node) -> bool:
 
 def _is_sum(node: fx.Node) -> bool:
     """Whether ``node`` adds two tensors of its own shape."""
-    if node.target is not aten.add.Tensor or not all(map(is_tensor, node.args[:2])):
+    if (
+        is_nested(node)
+        or node.target is not aten.add.Tensor
+        or not all(map(is_tensor, node.args[:2]))
+    ):
         return False
     shape = shape_of(value(node))
     return all(

@@ -49,6 +49,17 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_nested(node: Any) -> bool:
+    """Is ``node`` a nested tensor, one dimension of which has a length for every entry?"""
+    return is_tensor(node) and value(node).is_nested
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Where the numbers of ``tensor`` lie: side by side in a tensor of its own if it is nested."""
+    found: Any = tensor
+    return found._values if tensor.is_nested else tensor
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if is_tensor(argument)]
 

@@ -8,7 +8,13 @@ from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import Operand, Probabilities, ScoreMask, Scores
 from flashsvd_compile.analysis.axes import AxisSpace, Dim, Dims
-from flashsvd_compile.analysis.calls import aliased_argument, is_tensor, mutated_arguments
+from flashsvd_compile.analysis.calls import (
+    aliased_argument,
+    is_tensor,
+    mutated_arguments,
+    stored,
+    value,
+)
 from flashsvd_compile.analysis.contraction import Contraction
 from flashsvd_compile.analysis.factored import Factored
 from flashsvd_compile.analysis.layout import Moved
@@ -127,7 +133,7 @@ def mutated_nodes(graph: fx.Graph) -> set[fx.Node]:
         above = aliased_argument(node) if node.op == "call_function" else None
         base[node] = node if above is None else base[above]
         if node.op == "placeholder" and is_tensor(node):
-            base[node] = owner.setdefault(node.meta["val"].untyped_storage()._cdata, node)
+            base[node] = owner.setdefault(stored(value(node)).untyped_storage()._cdata, node)
     written = {base[target] for node in graph.nodes if node.op == "call_function"
                for target in mutated_arguments(node)}  # fmt: skip
     return {node for node, origin in base.items() if origin in written}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from flashsvd_compile.analysis.calls import is_tensor, value
+from flashsvd_compile.analysis.calls import is_nested, is_tensor, value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.reason import Code, Reason, module_path, reason_at
 
@@ -51,6 +51,16 @@ def other_user(inside: Iterable[fx.Node], allowed: frozenset[fx.Node]) -> Reason
 
 def _holds_tensors(node: fx.Node) -> bool:
     return is_tensor(node) or isinstance(value(node), (list, tuple))
+
+
+def check_rectangular(node: fx.Node) -> Reason | None:
+    """A reason if ``node`` reads or makes a nested tensor: sites count rows of one length."""
+    ragged = next((x for x in (node, *node.all_input_nodes) if is_nested(x)), None)
+    if ragged is None:
+        return None
+    sizes = ", ".join(map(str, value(ragged).shape))
+    return reason_at(node, Code.NESTED, f"{ragged.name} is a nested tensor, [{sizes}]",
+                     "rows of one length, in a dense tensor")  # fmt: skip
 
 
 def common_path(nodes: Iterable[fx.Node]) -> str:

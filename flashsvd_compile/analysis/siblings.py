@@ -24,7 +24,7 @@ from flashsvd_compile.analysis.calls import aliased_argument, aten, is_tensor, p
 from flashsvd_compile.analysis.contraction import Contraction, read_contraction
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.layout import is_layout
-from flashsvd_compile.analysis.regions import common_path
+from flashsvd_compile.analysis.regions import check_rectangular, common_path
 from flashsvd_compile.analysis.site_records import Sibling, SiblingsSite, Skip
 from flashsvd_compile.kernels.siblings_tiles import MAX_SIBLINGS
 from flashsvd_compile.reason import Code, Reason, module_path, reason_at
@@ -124,6 +124,8 @@ def _check_alone(
     operands = {sibling.x, sibling.weight, *([] if bias is None else [bias])}
     if written := operands & facts.mutated:
         return reason_at(node, Code.MUTATED, f"{written.pop().name} is written in place")
+    if (ragged := check_rectangular(node)) is not None:
+        return ragged
     if strides is None or 1 not in strides:
         lies = f"a weight with strides {tuple(value(sibling.weight).stride())}"
         required = "a matrix with one dimension innermost, without a copy"

@@ -10,6 +10,7 @@ from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.feed_forward_sites import feed_forward_site
 from flashsvd_compile.analysis.low_rank import is_low_rank, lifts_of_latents
 from flashsvd_compile.analysis.outer_factors import chain_ends
+from flashsvd_compile.analysis.regions import check_rectangular
 from flashsvd_compile.analysis.site_records import (
     ChainEnds,
     ChainSite,
@@ -29,17 +30,25 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
     for candidate in facts.candidates:
         found: Site | Reason | None
         if isinstance(candidate, AttentionCandidate):
-            kind, node, found = "attention", candidate.node, attention_site(facts, candidate)
+            kind, node = "attention", candidate.node
+            found = attention_site(facts, candidate)
         else:
             kind, node = "feed_forward", candidate.down.node
             found = feed_forward_site(facts, candidate, lifts)
+        if found is not None and not isinstance(found, Reason):
+            found = check_rectangular(node) or found
         if isinstance(found, Reason):
             skips.append(Skip(kind, node, module_path(node), found))
         elif found is not None:
             sites.append(found)
     taken = frozenset().union(*(site.region for site in sites))
     sites = [_apart(site, taken) for site in sites]
-    sites += _chains(facts, taken)
+    for chain in _chains(facts, taken):
+        ragged = check_rectangular(chain.node)
+        if ragged is None:
+            sites.append(chain)
+        else:
+            skips.append(Skip("chain", chain.node, chain.where, ragged))
     order = {node: index for index, node in enumerate(graph.nodes)}
     return sorted(sites, key=lambda s: order[s.node]), sorted(skips, key=lambda s: order[s.node])
 

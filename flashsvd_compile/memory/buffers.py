@@ -30,6 +30,7 @@ from flashsvd_compile.analysis.calls import (
     is_aten,
     overload,
     packet,
+    stored,
     value,
 )
 from flashsvd_compile.analysis.pointwise import is_pointwise
@@ -135,7 +136,8 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> Size:
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(value(node)) if isinstance(x, torch.Tensor)]
+    found = [x for x in pytree.tree_leaves(value(node)) if isinstance(x, torch.Tensor)]
+    return [stored(x) for x in found]
 
 
 def _owners(view: GraphView) -> dict[fx.Node, fx.Node]:

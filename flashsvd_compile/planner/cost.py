@@ -4,13 +4,14 @@ Library operators and streaming kernels are judged by the same formula, so that 
 what they do: how wide the attention runs, what is lifted where, and what reaches memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
 import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
+from flashsvd_compile.analysis.calls import stored
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
 from flashsvd_compile.planner.device import Device
 from flashsvd_compile.planner.roofline import macs_per_s
@@ -83,9 +84,19 @@ def at(size: Size, hints: Mapping[Size, int]) -> float:
 
 
 def size_hints(values: list[object]) -> dict[Size, int]:
-    """Example values of the symbols in traced sizes; reads hints, asks for no guard."""
+    """Example values of the symbols in traced sizes; reads hints, asks for no guard.
+
+    The ragged size of nested tensors has no value; how much all their entries hold has one.
+    """
     hints: dict[Size, int] = {}
     for value in values:
-        if isinstance(value, torch.SymInt) and value.node.hint is not None:
-            hints[value.node.expr] = int(value.node.hint)
+        sizes: Iterable[object] = (value,)
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            sizes = stored(value).shape
+        for size in sizes:
+            if not isinstance(size, torch.SymInt):
+                continue
+            hint = size.node.hint
+            if hint is not None and not isinstance(hint, torch.SymInt):
+                hints[size.node.expr] = int(hint)
     return hints

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Size
-from flashsvd_compile.analysis.calls import is_tensor, value
+from flashsvd_compile.analysis.calls import is_nested, is_tensor, stored, value
 from flashsvd_compile.options import Options
 
 
@@ -20,7 +20,7 @@ def largest_sizes(graph: fx.Graph, options: Options, hints: Mapping[Size, int]) 
     sizes = dict(hints)
     told = (options.max_batch, options.max_length)
     for node in graph.nodes:
-        if node.op == "placeholder" and is_tensor(node):
+        if node.op == "placeholder" and is_tensor(node) and not is_nested(node):
             for size, most in zip(value(node).shape, told, strict=False):
                 if isinstance(size, torch.SymInt) and most is not None:
                     symbol = size.node.expr
@@ -41,6 +41,6 @@ def _symbols(graph: fx.Graph) -> Iterator[torch.SymInt]:
         if node.op != "placeholder":
             continue
         found = value(node)
-        for size in found.shape if is_tensor(node) else (found,):
+        for size in stored(found).shape if is_tensor(node) else (found,):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 yield size

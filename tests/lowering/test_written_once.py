@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from flashsvd_compile.lowering import written_once
 from torch import nn
 
 import flashsvd_compile as fsc
 from bench.measure import peak_transient_bytes
+from flashsvd_compile import pipeline
 from tests.spelled import NormReaders, low_rank
 
 OPTIONS = {"feed_forward": "row_blocks", "chain": "unfused", "siblings": "unfused"}
@@ -102,22 +104,39 @@ def test_a_sum_that_leaves_the_graph_is_no_view():
         assert ours.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
 
 
+class InPlace(nn.Module):
+    """The first sum is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (Layer() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        again = x.view(-1)
+        again.mul_(2)
+        return self.third(self.second(x)), x
+
+
 def test_a_sum_written_in_place_is_right():
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Layer(), Layer()
-
-        def forward(self, x):
-            x = self.first(x)
-            again = x.view(-1)
-            again.mul_(2)
-            return self.second(x), x
-
     model, x = InPlace(), torch.randn(ROWS, WIDTH)
     compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
     for ours, plain in zip(compiled(x), model(x), strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_budgets_count_the_sums_that_are_written(monkeypatch):
+    counted = []
+
+    def sums_of_sums(*args):
+        counted.append(written_once.sums_of_sums(*args))
+        return counted[-1]
+
+    monkeypatch.setattr(pipeline, "sums_of_sums", sums_of_sums)
+    options = OPTIONS | {"memory_budget": "1GiB"}
+    for model, sums in ((norm_first(4), 3), (InPlace(), 1)):
+        assert written(model, torch.randn(ROWS, WIDTH), **options) == sums
+        assert len(counted.pop()) == sums
 
 
 WHOLE = OPTIONS | {"feed_forward": "streamed_whole"}  # reads x itself; on GPUs alone
