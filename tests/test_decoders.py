@@ -132,10 +132,14 @@ def factored(model: nn.Module) -> nn.Module:
     return model
 
 
-def decoder(family: str) -> nn.Module:
+def dense(family: str) -> nn.Module:
     name, config, _ = FAMILIES[family]
     cls = getattr(transformers, name)
-    model = factored(cls(cls.config_class(**copy.deepcopy(config)))).eval()
+    return cls(cls.config_class(**copy.deepcopy(config))).eval()
+
+
+def decoder(family: str) -> nn.Module:
+    model = factored(dense(family))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             is_score = any(part in name for part in ("q_", "k_", "query", "qkv", "c_attn"))
@@ -179,6 +183,13 @@ def test_every_attention_is_taken_or_told_why_not(family):
     else:
         assert [site.lowering for site in found] == [None] * attentions
         assert all(expected in str(site.reason) for site in found)
+
+
+@pytest.mark.usefixtures("fresh_inference")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_dense_attention_is_not_missed(family):
+    sites = explain(dense(family), **prompts(), use_cache=False, options=OPTIONS).sites
+    assert not [site for site in sites if site.kind == "attention"]
 
 
 @pytest.mark.usefixtures("fresh_inference")

@@ -12,6 +12,7 @@ from flashsvd_compile.analysis.calls import arguments, aten, constant, is_tensor
 from flashsvd_compile.analysis.contraction import Contraction, Letters
 from flashsvd_compile.analysis.factored import label_like
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts, Miss
+from flashsvd_compile.analysis.low_rank import is_low_rank
 from flashsvd_compile.analysis.masks import NO_WEIGHT_BELOW
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -91,7 +92,11 @@ def product(facts: Facts, product: Contraction, dims: Dims) -> None:
             _weighted_sum(facts, product, dims, side, other)
             return
         values = (product.left, product.right)[other]
-        if weights in facts.ended and values in facts.factored:
+        if (
+            weights in facts.ended
+            and values in facts.factored
+            and is_low_rank(facts, facts.factored[values])
+        ):
             facts.misses.append(Miss("attention", product.node, facts.ended[weights]))
             return
     if product.left in facts.weights:
