@@ -1,13 +1,14 @@
 """A step of training at fixed ranks: forward and backward, ours beside eager and Inductor.
 
-    python -m bench.training [--case 32x512:0.0] [--case 32x512:0.1]
+    python -m bench.training [--case 32x512:0.0] [--case 32x512:0.1] [--profile]
 
 BERT-base's shape, 12 layers, about half of the dense parameters (rank 32 a head for q, k and v, 192
 for the attention's output, 304 for the feed-forward), bfloat16 on a GPU; a case names batch, length
 and dropout of hidden states; attention has none. Interleaved medians of two runs, after the gate:
 over all parameters, gradients may err against float64 by no more than 1.1 times what eager errs.
 Peak bytes are those of activations, and of what gradients are before they are added: parameters
-and their sums are there before. On a CPU two layers in float32.
+and their sums are there before. On a CPU two layers in float32. ``--profile`` prints what a step
+of each spends its time in, and whose gradients are how far off.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 from bench.contest import compare
@@ -93,7 +96,30 @@ def gradients(model: nn.Module, step: Callable[[], None]) -> Tensor:
     return torch.cat([p.grad.double().flatten() for p in model.parameters()])  # type: ignore
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
+def print_profile(name: str, step: Callable[[], None], device: str) -> None:
+    """The kernels of one step that take most of the device's time."""
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiled:
+        step()
+    order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    table = profiled.key_averages().table(sort_by=order, row_limit=24, max_name_column_width=72)
+    print(f"\n{name}\n{table}", flush=True)
+
+
+def print_errors(model: nn.Module, off: dict[str, Tensor], truth: Tensor) -> None:
+    """By parameter, the squared error of gradients as a share of all of the squared gradient."""
+    shares: dict[str, list[float]] = {}
+    start = 0
+    for path, parameter in model.named_parameters():
+        part = slice(start, start + parameter.numel())
+        shares[path] = [float((x[part].norm() / truth.norm()) ** 2) for x in off.values()]
+        start = part.stop
+    worst = sorted(shares.items(), key=lambda item: -max(item[1]))[:24]
+    rows = [(path, *(f"{x:.1e}" for x in found)) for path, found in worst]
+    print(tabulate(rows, headers=["squared error of", *off], disable_numparse=True), flush=True)
+
+
+def measure(case: Case, device: str, is_profiled: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = low_rank_bert(case).to(device)
@@ -108,16 +134,21 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "ours": torch.compile(model, backend="flashsvd"),
     }
     steps = {name: step_of(run, inputs) for name, run in runs.items()}
-    errors = {}
+    errors, off = {}, {}
     if not case.dropout:  # else each draws its own
         few = {name: x[:1] for name, x in inputs.items()}  # float64 of the whole batch may not fit
         truth = gradients(exact, step_of(exact, few))
         for name, run in runs.items():
-            off = gradients(model, step_of(run, few)) - truth
-            errors[name] = float(off.norm() / truth.norm())
+            off[name] = gradients(model, step_of(run, few)) - truth
+            errors[name] = float(off[name].norm() / truth.norm())
+        if is_profiled:
+            print_errors(model, off, truth)
         torch._dynamo.reset()
-    del exact
+    del exact, off
     found = compare(case, steps, device, errors=errors, targets=TARGETS)
+    if is_profiled:
+        for name, step in steps.items():
+            print_profile(name, step, device)
     is_right = not errors or errors["ours"] <= GATE * errors["low-rank eager"]
     return asdict(case) | found | {"gate": is_right}
 
@@ -127,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", type=Case.parse, help="BATCHxLENGTH:DROPOUT")
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     texts = ["32x512:0.0", "32x512:0.1"] if args.device == "cuda" else ["2x64:0.0"]
     torch._dynamo.config.automatic_dynamic_shapes = False
@@ -134,7 +166,7 @@ def main() -> None:
     rows = []
     for case in args.case or map(Case.parse, texts):
         layers = case.layers if args.device == "cuda" else 2
-        rows.append(measure(replace(case, layers=layers), args.device))
+        rows.append(measure(replace(case, layers=layers), args.device, args.profile))
         path = write_results(f"training_{args.device}", rows, args.device)
     print(path)
     if not all(row["gate"] for row in rows):
