@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flashsvd_compile.checkpoints.save import save_pretrained as save_pretrained
     from flashsvd_compile.compress.compressing import compress_ as compress_
     from flashsvd_compile.compress.merge import merge_ as merge_
+    from flashsvd_compile.compress.retruncating import retruncate_ as retruncate_
     from flashsvd_compile.explanation import Explanation as Explanation
     from flashsvd_compile.explanation import explain as explain
     from flashsvd_compile.options import Options as Options
@@ -36,6 +37,7 @@ _PUBLIC = {
     "from_pretrained": "checkpoints.load",
     "load_checkpoint": "checkpoints.load",
     "merge_": "compress.merge",
+    "retruncate_": "compress.retruncating",
     "save_pretrained": "checkpoints.save",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "from_pretrained",
     "load_checkpoint",
     "merge_",
+    "retruncate_",
     "save_pretrained",
 ]
 

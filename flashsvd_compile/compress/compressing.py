@@ -15,7 +15,7 @@ The last fits blocks in the order of the model, each to what the compressed ones
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -29,6 +29,7 @@ from flashsvd_compile.compress.linears import find_linears, model_bytes, replace
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
+from flashsvd_compile.compress.ranks import share_within
 from flashsvd_compile.compress.report import CompressReport, CompressRow, curve_of
 from flashsvd_compile.options import parse_bytes
 
@@ -104,7 +105,8 @@ def compress_(
         how = replace(how, caps={path: cap_of(one, sram) for path, one in matrices.items()})
     bytes_before = model_bytes(model)
     if budget is not None:
-        share = _share_within(budget, bytes_before, matrices)
+        own = sum(one.linear.weight_bytes for one in matrices.values())
+        share = share_within(budget, bytes_before, own, "what stays dense")
     if name == "planned":
         assert batches is not None
         projections = find_projections(model, out_features)
@@ -128,18 +130,6 @@ def compress_(
         if isinstance(one, Fitted):
             replace_(model, linear.paths, one.module)
     return CompressReport(share, tuple(rows), bytes_before, model_bytes(model), name)
-
-
-def _share_within(budget: int, whole: int, matrices: Mapping[str, Matrices]) -> float:
-    """Of the matrices' bytes, what their factors may take, so that the model fits ``budget``."""
-    own = sum(one.linear.weight_bytes for one in matrices.values())
-    rest = whole - own
-    if not own or budget <= rest:
-        raise ValueError(
-            f"weight_budget is {budget} bytes, and what stays dense takes {rest}; the model has "
-            f"{whole}"
-        )
-    return min(1.0, (budget - rest) / own)
 
 
 def _method(method: str | None, calibration: Iterable[Any] | None) -> str:

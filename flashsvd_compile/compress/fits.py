@@ -58,8 +58,8 @@ def spectrum_of(
     ``inputs``: H [n, n], or its diagonal [n]; ``outputs``: G [.., m, m]; the identity where None.
     """
     whole = weight.double()
-    root_in = None if inputs is None else _root(inputs)
-    root_out = None if outputs is None else _root(outputs)
+    root_in = None if inputs is None else root_of(inputs)
+    root_out = None if outputs is None else root_of(outputs)
     scaled = whole if root_in is None else whole @ root_in
     scaled = scaled if root_out is None else root_out.mT @ scaled
     left, sigma, right = torch.linalg.svd(scaled, full_matrices=False)
@@ -70,7 +70,7 @@ def spectrum_of(
     return Spectrum(left, sigma, right)
 
 
-def _root(moment: Tensor) -> Tensor:
+def root_of(moment: Tensor) -> Tensor:
     """L with L Lᵀ the damped moment, which may be a diagonal; a moment of zeros tells nothing, and
     is the identity."""
     moment = torch.diag(moment.double()) if moment.dim() == 1 else moment.double()

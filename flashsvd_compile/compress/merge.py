@@ -11,15 +11,13 @@ Found are this package's low-rank layers, and two linears in a row in an ``nn.Se
 first without a bias. W is computed in float64 and rounded once, to the factors' dtype.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from flashsvd_compile.compress.linears import (
-    DTYPES,
     find_linears,
     holders_of,
     model_bytes,
@@ -34,6 +32,7 @@ from flashsvd_compile.compress.modules import (
     LowRankLinear,
     PerHeadLowRankLinear,
 )
+from flashsvd_compile.compress.own_layers import obstacle_of, unlike
 from flashsvd_compile.compress.report import MergeReport, MergeRow
 
 _KINDS = (LowRankLinear, PerHeadLowRankLinear, FusedPerHeadLowRankLinear)
@@ -176,35 +175,10 @@ def _own_layers(paths: dict[nn.Module, list[str]]) -> Iterator[_Chain]:
     for module, found in paths.items():
         if not isinstance(module, _KINDS):
             continue
-        obstacle = _obstacle(module)
+        obstacle = obstacle_of(module, _KINDS)
         for name in ("u", "v"):
             obstacle = obstacle or sharing(module, name, paths, holders)
         yield _Chain(tuple(found), module, module.u, module.v, obstacle)
-
-
-def _obstacle(module: LowRankLinear | PerHeadLowRankLinear | FusedPerHeadLowRankLinear) -> str:
-    """What makes the module more than two factors and a bias; empty where nothing does."""
-    if is_parametrized(module):
-        return "its factors are parametrized"
-    if type(module) not in _KINDS:
-        return f"{type(module).__qualname__} is not a plain low-rank layer"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
-    if module._parameters.keys() != {"u", "v", "bias"} or module._buffers or module._modules:
-        return "it holds more, or less, than factors and a bias"
-    held = [p for p in module._parameters.values() if p is not None]
-    return _unlike([module.u, module.v, *held])
-
-
-def _unlike(parameters: Sequence[Tensor]) -> str:
-    """Why they are not plain parameters of one dtype on one device; empty where they are."""
-    kinds = {(p.dtype, p.device) for p in parameters}
-    if any(type(p) is not nn.Parameter for p in parameters):
-        return "its factors are no plain parameters"
-    if len(kinds) > 1:
-        return "its parameters differ in dtype or device"
-    ((dtype, _),) = kinds
-    return "" if dtype in DTYPES else f"its factors are {str(dtype).removeprefix('torch.')}"
 
 
 def _sequential_pairs(model: nn.Module, paths: dict[nn.Module, list[str]]) -> Iterator[_Chain]:
@@ -235,5 +209,5 @@ def _sequential_pairs(model: nn.Module, paths: dict[nn.Module, list[str]]) -> It
             held = [first.weight, *(p for p in second._parameters.values() if p is not None)]
             yield _Chain(
                 tuple(f"{path}{name}" for path in lead), second, first.weight, second.weight,
-                obstacle or _unlike(held), tuple(f"{path}{first_name}" for path in lead),
+                obstacle or unlike(held), tuple(f"{path}{first_name}" for path in lead),
             )  # fmt: skip

@@ -89,12 +89,12 @@ def calibrated(
         if path not in too_wide
     }
     collect(model, list(watched.values()), batches, loss, seed)
-    dead = {path: why for path, one in watched.items() if (why := _why_dead(one.moments, wants))}
+    dead = {path: why for path, one in watched.items() if (why := why_dead(one.moments, wants))}
     moments = {path: one.moments for path, one in watched.items() if path not in dead}
     return Method(name, moments), too_wide | dead
 
 
-def _why_dead(moments: Moments, wants: frozenset[str]) -> str:
+def why_dead(moments: Moments, wants: frozenset[str]) -> str:
     """Empty where calibration told what the method needs."""
     if not moments.tokens:
         return "calibration did not reach it"

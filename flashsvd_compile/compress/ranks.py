@@ -54,6 +54,17 @@ def plan_ranks(layers: Mapping[str, Layer], budget_bytes: int) -> dict[str, int 
     return {name: choice[2] for name, choice in _filled(taken, choices, room).items()}
 
 
+def share_within(budget: int, whole: int, own: int, rest: str) -> float:
+    """Of the ``own`` bytes that may be cut, the share that lets all ``whole`` fit ``budget``; at
+    most 1. Raises ValueError where the others, called ``rest``, leave nothing."""
+    others = whole - own
+    if not own or budget <= others:
+        raise ValueError(
+            f"weight_budget is {budget} bytes, and {rest} takes {others}; the model has {whole}"
+        )
+    return min(1.0, (budget - others) / own)
+
+
 def _filled(
     taken: Mapping[str, _Choice], choices: Mapping[str, Sequence[_Choice]], room: int
 ) -> dict[str, _Choice]:

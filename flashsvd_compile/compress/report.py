@@ -1,4 +1,4 @@
-"""What `compress_` and `merge_` did to each layer: a table to read, a dict to store."""
+"""What `compress_`, `merge_` and `retruncate_` did to layers: a table to read, a dict to store."""
 
 import os
 from collections.abc import Sequence
@@ -141,6 +141,61 @@ class MergeReport:
         return (
             f"{body}\n{merged} of {len(self.rows)} low-rank layers merged; "
             f"{_totals(self.model_bytes_before, self.model_bytes_after)}"
+        )
+
+
+@dataclass(frozen=True)
+class RetruncateRow:
+    """One low-rank layer. Bytes are those of its factors, without the bias.
+
+    ``error`` is ‖V U − V' U'‖ / ‖V U‖ in the Frobenius norm; of narrowed heads, of the product of
+    both sides. ``reason`` says why the layer kept its rank; empty where it was cut. ``loss``: what
+    the ranks that are gone add to the loss, as in `CompressRow`; None without calibration.
+    """
+
+    path: str
+    rank_before: int
+    rank: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    reason: str = ""
+    loss: float | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class RetruncateReport:
+    """All low-rank layers in the model's order, and the bytes of all parameters of the model.
+
+    ``keep``: the share of the factors that was asked for, or that a budget left.
+    """
+
+    keep: float
+    rows: tuple[RetruncateRow, ...]
+    model_bytes_before: int
+    model_bytes_after: int
+    method: str = "svd"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        headers = ("layer", "rank before", "rank", "KiB before", "KiB after", "error", "reason")
+        table = [
+            (r.path, r.rank_before, r.rank, r.bytes_before / 2**10, r.bytes_after / 2**10, r.error,
+             r.reason)
+            for r in self.rows
+        ]  # fmt: skip
+        body = tabulate(table, headers, floatfmt=("", "", "", ".1f", ".1f", ".3f", ""))
+        cut = sum(row.is_cut for row in self.rows)
+        return (
+            f"{body}\n{cut} of {len(self.rows)} low-rank layers cut by {self.method} at "
+            f"keep={self.keep:.4g}; {_totals(self.model_bytes_before, self.model_bytes_after)}"
         )
 
 
