@@ -302,7 +302,7 @@ def miss_here(facts: Facts, node: fx.Node, reason: Reason) -> None:
 
 
 def pass_on_end(facts: Facts, node: fx.Node) -> None:
-    """What is computed from scores that ended, elementwise or by a softmax, has ended with them."""
+    """What is made of scores that ended, by all but a product, has ended with them."""
     for source in node.all_input_nodes:
         if source in facts.ended:
             facts.ended.setdefault(node, facts.ended[source])

@@ -96,13 +96,12 @@ def _visit(facts: Facts, node: fx.Node) -> None:
 
 def _infer(facts: Facts, node: fx.Node) -> None:
     """New facts from the facts of the inputs, by family."""
-    if is_layout(node):
-        attention_rules.pass_on_end(facts, node)
-        return
-    if (product := read_contraction(node)) is not None:
+    if not is_layout(node) and (product := read_contraction(node)) is not None:
         product_rules.product(facts, product)
         return
     attention_rules.pass_on_end(facts, node)
+    if is_layout(node):
+        return
     if packet(node) is aten.scaled_dot_product_attention:
         attention_rules.sdpa(facts, node)
     elif packet(node) in (aten.softmax, aten._softmax) and node.args[0] in facts.scores:

@@ -129,12 +129,8 @@ def _matched(name: str, linears: Sequence[Layer], patterns: Iterable[str]) -> se
 
 def _obstacle(module: Any, kinds: tuple[type[nn.Module], ...]) -> str:
     """What makes the module more than a plain linear; empty where nothing does."""
-    if is_parametrized(module):
-        return "its weight is parametrized"
-    if type(module) not in kinds:
-        return f"{type(module).__qualname__} is not a plain linear"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
+    if altered := altered_from(kinds, module, "linear", "weight is"):
+        return altered
     if "weight" not in module._parameters:
         return "its weight is computed from other tensors"
     if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
@@ -146,6 +142,20 @@ def _obstacle(module: Any, kinds: tuple[type[nn.Module], ...]) -> str:
     if module.weight.numel() == 0:
         return "its weight is empty"
     return ""
+
+
+def altered_from(
+    kinds: tuple[type[nn.Module], ...], module: nn.Module, called: str, held: str
+) -> str:
+    """Why the module does not compute what ``kinds`` do from what it holds; empty where it does.
+
+    ``called``: how the report names such a layer; ``held``: what it holds, with its verb.
+    """
+    if is_parametrized(module):
+        return f"its {held} parametrized"
+    if type(module) not in kinds:
+        return f"{type(module).__qualname__} is not a plain {called}"
+    return "its forward has been replaced" if "forward" in vars(module) else ""
 
 
 # Where a parameter lies in memory; two modules that hold the same place share it.

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from flashsvd_compile.compress.linears import DTYPES
+from flashsvd_compile.compress.linears import DTYPES, altered_from
 
 
 def obstacle_of(
@@ -15,12 +14,8 @@ def obstacle_of(
     buffers: Iterable[str] = (),
 ) -> str:
     """What makes it more than ``factors`` and a bias; empty where nothing does."""
-    if is_parametrized(module):
-        return "its factors are parametrized"
-    if type(module) not in kinds:
-        return f"{type(module).__qualname__} is not a plain low-rank layer"
-    if "forward" in vars(module):
-        return "its forward has been replaced"
+    if altered := altered_from(kinds, module, "low-rank layer", "factors are"):
+        return altered
     has_more = module._parameters.keys() != {*factors, "bias"} or module._modules
     if has_more or module._buffers.keys() != set(buffers):
         return "it holds more, or less, than factors and a bias"

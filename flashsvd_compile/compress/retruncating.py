@@ -98,8 +98,9 @@ def retruncate_(
         _validate(latent)
 
     found, unseen = _components(model, latents, calibration, loss, seed)
-    reasons |= {x.path: unseen[name] for name, latent in _named(latents) if name in unseen
-                for x in latent.layers}  # fmt: skip
+    for latent in latents:
+        if latent.name in unseen:
+            reasons |= {layer.path: unseen[latent.name] for layer in latent.layers}
     latents = [latent for latent in latents if latent.name in found]
     before = model_bytes(model)
     own = sum(latent.bytes for latent in latents)
@@ -117,9 +118,10 @@ def retruncate_(
         _check_budget(budget, before - own, latents, ranks)
 
     cuts: list[_Cut] = []
-    for name, latent in _named(latents):
-        if ranks[name] < latent.rank:
-            cuts.append(_cut(latent, found[name], ranks[name], optimizer))
+    for latent in latents:
+        rank = ranks[latent.name]
+        if rank < latent.rank:
+            cuts.append(_cut(latent, found[latent.name], rank, optimizer))
         else:
             why = "all of its ranks are worth their bytes"
             if latent.rank == 1 or calibration is None:
@@ -129,10 +131,6 @@ def retruncate_(
     _swap(cuts, optimizer)
     method = "svd" if calibration is None else "planned"
     return RetruncateReport(share, tuple(rows), before, model_bytes(model), method)
-
-
-def _named(latents: Sequence[Latent]) -> list[tuple[str, Latent]]:
-    return [(latent.name, latent) for latent in latents]
 
 
 def _validated(keep: float) -> float:
@@ -204,11 +202,11 @@ def _cut(
     latent: Latent, found: Components, rank: int, optimizer: torch.optim.Optimizer | None
 ) -> _Cut:
     narrow, widen = found.cut(rank)
-    reading = latent.reading()
-    a, b = root_of_rows(latent.writing()), root_of_rows(reading)
+    a, b = root_of_rows(latent.writing()), root_of_rows(latent.reading())
     narrow, widen = _balanced(narrow, widen, a, b)
-    whole = torch.linalg.matrix_norm(b @ a.mT).square().sum()
-    gap = torch.linalg.matrix_norm(b @ a.mT - (b @ widen) @ (narrow @ a.mT)).square().sum()
+    product = b @ a.mT
+    whole = torch.linalg.matrix_norm(product).square().sum()
+    gap = torch.linalg.matrix_norm(product - (b @ widen) @ (narrow @ a.mT)).square().sum()
     places, states = [], {}
     changes = [(side, narrow, widen.mT) for side in latent.writes]
     changes += [(side, widen.mT, narrow) for side in latent.reads]
