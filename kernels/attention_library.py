@@ -9,8 +9,8 @@ heads than H are not repeated. torch's flash attention on CPU takes one width fo
 unit strides along it (torch 2.13: ``use_flash_attention_cpp``), or else falls back to scores in
 memory: the narrower latent is padded with zero columns, which change neither scores nor output. A
 GPU's does so where the width is no multiple of 16 bytes, or where heads come in groups and there is
-a mask (torch 2.11: ``sdp_utils.cpp``): there latents are padded and repeated. Each operator rounds
-to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
+a mask or more than 16 bits (torch 2.11: ``sdp_utils.cpp``): there latents are padded and repeated.
+Each operator rounds to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
 """
 
 import math
@@ -31,7 +31,7 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     if mask is not None:
         mask = attention_mask(mask, is_causal, shape.queries, shape.keys, of.q.dtype)
     width = attended_width(of)
-    in_groups = not of.q.is_cuda or mask is None
+    in_groups = not of.q.is_cuda or (mask is None and of.q.element_size() == 2)
     # The least common multiple divides num_heads, as both do.
     kv_heads = math.lcm(of.k.shape[1], of.v.shape[1]) if in_groups else of.num_heads
     latent = F.scaled_dot_product_attention(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.devices import multiprocessors_of_device
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
@@ -117,6 +118,26 @@ def row_blocks_feed_forward(
     return out
 
 
+def one_block_feed_forward(of: FeedForwardOperands, tile: TileConfig) -> Tensor:
+    """What `row_blocks_feed_forward` is in one block, for operands that `are_lifted_at_once`: its
+    two steps write nothing in place, so that a compiler may have them as nodes of its graph."""
+    from flashsvd_compile.kernels.lifted_activation import lift_and_activate
+
+    up, gate = (of.up, of.up_factor, of.up_bias), (of.gate, of.gate_factor, of.gate_bias)
+    hidden = of.up.new_empty(of.rows, of.intermediate_size)
+    lift_and_activate(hidden, *up, *gate, of.activation, tile=tile)
+    return F.linear(hidden, of.down_factor, of.down_bias)
+
+
+def are_lifted_at_once(of: FeedForwardOperands) -> bool:
+    """Whether the kernel that lifts and activates takes all of them, on a GPU, and no rank is
+    padded."""
+    factors = [factor for factor in (of.up_factor, of.gate_factor) if factor is not None]
+    ranks = (*(factor.shape[1] for factor in factors), of.rank_down)
+    is_padded = any(rank != padded_rank(rank, of.up.element_size(), True) for rank in ranks)
+    return not is_padded and _takes(of, factors)
+
+
 def held_elements(
     *,
     lift_ranks: Sequence[int],
@@ -194,6 +215,12 @@ def _lift_at_once(
     """The kernel that does, if it takes the latents and ``factors``; blocks of latents whose rank
     was padded it takes."""
     from flashsvd_compile.kernels.lifted_activation import lift_and_activate
+
+    return partial(lift_and_activate, tile=tile) if _takes(of, factors) else None
+
+
+def _takes(of: FeedForwardOperands, factors: Sequence[Tensor]) -> bool:
+    """Whether the kernel that lifts and activates takes ``factors`` and the rest of ``of``."""
     from flashsvd_compile.kernels.primitives import is_describable
 
     latents = [
@@ -202,9 +229,8 @@ def _lift_at_once(
         if latent is not None and latent.shape[1] == factor.shape[1]
     ]
     biases = [x for x in (of.up_bias, of.gate_bias) if x is not None]
-    is_taken = all(map(is_describable, (*latents, *factors)))
-    is_taken = is_taken and all(bias.is_contiguous() for bias in biases)
-    return partial(lift_and_activate, tile=tile) if is_taken else None
+    are_rows_aligned = all(map(is_describable, (*latents, *factors)))
+    return are_rows_aligned and all(bias.is_contiguous() for bias in biases)
 
 
 def _lift_then_activate(

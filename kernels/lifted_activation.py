@@ -20,6 +20,7 @@ from flashsvd_compile.kernels.activations_triton import activate
 from flashsvd_compile.kernels.lifted_activation_tiles import BLOCK_K
 from flashsvd_compile.kernels.primitives import (
     Described,
+    absent_operand,
     dot,
     launch,
 )
@@ -51,7 +52,7 @@ def _lifted(
 
 @triton.jit
 def _lifted_activation_kernel(
-    up, up_factor, up_bias, gate, gate_factor, gate_bias, out, stride_om, T, F,
+    out, stride_om, T, F, up_bias, gate_bias, up, up_factor, gate, gate_factor,
     R_U: tl.constexpr, R_G: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -113,12 +114,12 @@ def lift_and_activate(
     def described(x: Tensor, block_rows: int) -> Described:
         return Described(x, (block_rows, BLOCK_K))
 
+    absent = absent_operand(out)
     operands = (
-        described(up, tile.block_m), described(up_factor, tile.block_n),
-        out if up_bias is None else up_bias,
-        described(gate, tile.block_m), described(gate_factor, tile.block_n),
-        out if gate_bias is None else gate_bias,
         out, out.stride(0), rows, width,
+        absent if up_bias is None else up_bias, absent if gate_bias is None else gate_bias,
+        described(up, tile.block_m), described(up_factor, tile.block_n),
+        described(gate, tile.block_m), described(gate_factor, tile.block_n),
     )  # fmt: skip
     launch(
         _lifted_activation_kernel,

@@ -99,9 +99,13 @@ def _record(
     """Make a launch with tensor descriptors a node of the graph that is being traced.
 
     As ``torch.library.wrap_triton`` makes it of the others; torch 2.11 to 2.13 have the node but
-    leave descriptors in it to Dynamo.
+    leave descriptors in it to Dynamo. They find out what a kernel writes by the number of the
+    argument, and count a descriptor as one where the compiled kernel has several: a kernel whose
+    descriptors do not come last would seem to write nothing, and be left out.
     """
     described = {name: x for name, x in arguments.items() if isinstance(x, Described)}
+    tensors = [x for x in arguments.values() if isinstance(x, (Tensor, Described))]
+    assert all(isinstance(x, Described) for x in tensors[-len(described) :])
     arguments = arguments | {name: x.tensor for name, x in described.items()}
     traced = {name: x for name, x in arguments.items() if isinstance(x, fx.node.base_types)}
     constants = {name: x for name, x in arguments.items() if name not in traced}

@@ -21,7 +21,11 @@ from flashsvd_compile.kernels.attention_recomputed import recomputed_attention
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 from flashsvd_compile.kernels.chain_operands import ChainOperands, unfused_chain
 from flashsvd_compile.kernels.chain_tiles import ChainTile
-from flashsvd_compile.kernels.feed_forward_blocks import row_blocks_feed_forward
+from flashsvd_compile.kernels.feed_forward_blocks import (
+    are_lifted_at_once,
+    one_block_feed_forward,
+    row_blocks_feed_forward,
+)
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_whole_operands import WholeFeedForwardOperands
@@ -33,6 +37,7 @@ from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.lowering.tiled import TILED, Cut, TiledOperator
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 
@@ -260,8 +265,21 @@ _LIBRARY.impl("streamed_chain", _chain_on_library, "CompositeExplicitAutograd")
 _LIBRARY.impl("sibling_linears", _siblings_on_library, "CompositeExplicitAutograd")
 
 
-def _on_triton(name: str, launch: Callable[..., Any]) -> None:
-    """Run ``flashsvd::name`` by ``launch`` on CUDA, and show the compiler its kernel there.
+def _never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def _on_triton(
+    name: str, launch: Callable[..., Any], is_opaque: Callable[..., bool] = _never
+) -> None:
+    """Run ``flashsvd::name`` by ``launch`` on CUDA, and show the compiler its kernel there."""
+    _LIBRARY.impl(name, launch, "CUDA")
+    _show(name, launch, is_opaque)
+
+
+def _show(name: str, launch: Callable[..., Any], is_opaque: Callable[..., bool]) -> None:
+    """Have the compiler see what ``launch`` calls in place of ``flashsvd::name`` on CUDA, unless
+    the operator ``is_opaque`` for these arguments.
 
     A launch that Inductor writes itself costs 40 µs of host time in a BERT encoder, through the
     dispatcher and the launcher's Python 240 (a host beside an H100, torch 2.11, 2026-11-25):
@@ -269,21 +287,39 @@ def _on_triton(name: str, launch: Callable[..., Any]) -> None:
     """
 
     def show(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # As many blocks as a symbolic batch has can only be launched when it is known.
-        is_loop = "block_batch" in kwargs and not isinstance(args[0].shape[0], int)
-        if args[0].device.type != "cuda" or is_loop:
+        if args[0].device.type != "cuda" or is_opaque(*args, **kwargs):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return launch(*args, **kwargs)
 
-    _LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_torch_dispatch(
         f"flashsvd::{name}", FunctionalTensorMode, show, lib=_LIBRARY
     )
 
 
+def _has_symbolic_batch(q: Tensor, *_: Any, **__: Any) -> bool:
+    """As many blocks as it has can only be launched when it is known."""
+    return not isinstance(q.shape[0], int)
+
+
+def _one_block(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
+    del numbers["block_rows"]
+    return one_block_feed_forward(_feed_forward_operands(tensors, numbers), TileConfig(*tile))
+
+
+def _is_in_pieces(
+    *tensors: Tensor | None, block_rows: int, tile: Sequence[int] = (), **numbers: Any
+) -> bool:
+    """Blocks that are written into parts of one output: as nodes of a graph they would be copied
+    there."""
+    of = _feed_forward_operands(tensors, numbers)
+    is_one = bool(tile) and statically_known_true(of.rows <= block_rows)
+    return not is_one or not are_lifted_at_once(of)
+
+
 _on_triton("rank_space_attention", _attention_on_triton)
-_on_triton("rank_space_attention_blocks", _attention_blocks_on_triton)
+_on_triton("rank_space_attention_blocks", _attention_blocks_on_triton, _has_symbolic_batch)
+_show("row_blocks_feed_forward", _one_block, _is_in_pieces)
 _on_triton("streamed_feed_forward", _streamed_on_triton)
 _on_triton("streamed_whole_feed_forward", _whole_on_triton)
 _on_triton("streamed_chain", _chain_on_triton)

@@ -31,23 +31,20 @@ def operator(q, k, v, **keywords):
     return ops.rank_space_attention(q, k, v, *tensors, **numbers, tile=[])
 
 
+FORMS = {
+    "padding": {"mask": padding},
+    "any mask": {"mask": any_bool},
+    "causal": {"is_causal": True},
+    "rank 40": {"ranks": (40, 40, 40)},
+    # columns that no kernel of SDPA takes as they are
+    "odd ranks": {"ranks": (20, 12, 36), "mask": padding},
+    "groups": {"heads": 4, "latent_heads": (4, 2, 2), "mask": padding},
+    "one latent": {"heads": 4, "latent_heads": (1, 1, 1), "factor_heads": 4, "is_causal": True},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"mask": padding},
-        {"mask": any_bool},
-        {"is_causal": True},
-        {"ranks": (40, 40, 40)},
-        {
-            "ranks": (20, 12, 36),
-            "mask": padding,
-        },  # columns that no kernel of SDPA takes as they are
-        {"heads": 4, "latent_heads": (4, 2, 2), "mask": padding},
-        {"heads": 4, "latent_heads": (1, 1, 1), "factor_heads": 4, "is_causal": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_gradients(form, dtype):
     sizes = {"queries": ROWS, "keys": ROWS, "head_dim": 64, "head_dim_v": 64}
     latents, keywords = operands(**sizes, dtype=dtype, **form)

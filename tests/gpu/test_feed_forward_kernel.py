@@ -1,5 +1,6 @@
 """The streamed feed-forward compiled for a GPU: real tiles, real roundings, real address widths."""
 
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from flashsvd_compile.kernels.feed_forward_tiles import sram_bytes_of
 from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_WIDE
 from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
+from flashsvd_compile.lowering import ops
 
 from tests.rounding import assert_as_exact_as_eager, longest_sum
 
@@ -210,6 +212,33 @@ def test_row_blocks_on_a_gpu(rows, rank, rank_gate, dtype, tile):
     foreseen = (min(rows, 512) * by_row + always) * dtype.itemsize
     if dtype != torch.float64:  # which no kernel of ours activates
         assert 0.9 * foreseen <= held <= foreseen
+
+
+@pytest.mark.parametrize("rank_gate", [None, 72], ids=["plain", "gated"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_one_block_of_rows_as_nodes_of_a_graph(rank_gate, bias):
+    """Right, and no more held than the operator on its own holds: its intermediate."""
+    operands = random_operands(3000, 136, 1000, 200, torch.bfloat16, rank_gate, bias)
+    names = ("up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias",
+             "down_bias")  # fmt: skip
+    tensors = [operands.get(name) for name in names]
+
+    @torch.no_grad()
+    def one_block(*tensors):
+        return ops.row_blocks_feed_forward_op(
+            *tensors, activation="silu", block_rows=3000, tile=list(astuple(TILE_NARROW))
+        )
+
+    compiled = torch.compile(one_block, fullgraph=True)
+    double = {name: operand.double() for name, operand in operands.items()}
+    exact = unfused_feed_forward(FeedForwardOperands(**double, activation="silu"))
+    eager = unfused_feed_forward(FeedForwardOperands(**operands, activation="silu"))
+    result = compiled(*tensors)
+    assert_as_exact_as_eager(
+        result, eager, exact, bias=operands.get("down_bias"), longest=longest_sum(operands)
+    )
+    operator, inlined = (requested_peak(partial(f, *tensors)) for f in (one_block, compiled))
+    assert inlined <= operator + 4096  # an element stands in for an absent operand
 
 
 def test_compiles_inside_a_triton_op():

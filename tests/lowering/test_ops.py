@@ -47,6 +47,30 @@ def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
     assert len(found["guards"]) == ("attention" in name and shapes == "dynamic")
 
 
+def test_one_block_of_rows_is_two_nodes():
+    found = traced("one_block", "cuda:0", "static")
+    assert found["launches"] == ["triton_kernel_wrapper_functional"]
+    assert found["copied"] == [["out"]]
+    assert found["operators"] == []
+    assert found["calls"][-1] == "aten.addmm.default"
+    assert not any("scatter" in call or "copy" in call for call in found["calls"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("one_block", "dynamic"),  # more rows than one block may come
+        ("one_block_of_an_odd_rank", "static"),
+        ("one_block_on_library", "static"),
+        ("two_blocks", "static"),
+    ],
+)
+def test_other_blocks_of_rows_stay_whole(name, shapes):
+    found = traced(name, "cuda:0", shapes)
+    assert found["launches"] == []
+    assert found["operators"] == ["flashsvd.row_blocks_feed_forward.default"]
+
+
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
 def test_a_traced_launch_describes_what_the_kernel_reads_by_descriptors(shapes):
     tile = ["stable", [[1, 1, 64, 64]]]

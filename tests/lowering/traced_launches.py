@@ -10,6 +10,7 @@ from dataclasses import astuple
 
 import torch
 import triton
+from flashsvd_compile.kernels.lifted_activation_tiles import TILE_WIDE
 from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.lowering import ops
 from torch import Tensor, nn
@@ -57,6 +58,19 @@ class FeedForward(nn.Module):
         return (result,)
 
 
+class RowBlocks(nn.Module):
+    def __init__(self, block_rows: int, tile: list[int]) -> None:
+        super().__init__()
+        self.block_rows, self.tile = block_rows, tile
+
+    def forward(self, x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> tuple[Tensor]:
+        result = ops.row_blocks_feed_forward_op(
+            x.flatten(0, 1), up, down, None, None, None, None, bias,
+            activation="gelu", block_rows=self.block_rows, tile=self.tile,
+        )  # fmt: skip
+        return (result,)
+
+
 class Whole(nn.Module):
     def forward(self, x: Tensor, *factors: Tensor) -> tuple[Tensor]:
         tile = [64, 64, 4, 3, 0, 0, 64, 64]
@@ -86,7 +100,17 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
         mask = empty(6, 1, 1, 77, dtype=torch.bool)
         return Attention(rank, tile), [empty(6, 77, 12 * rank), empty(4, 64, rank), mask]
 
+    def row_blocks(
+        block_rows: int, rank: int = 64, tile: TileConfig | None = TILE_WIDE
+    ) -> tuple[nn.Module, list[Tensor]]:
+        module = RowBlocks(block_rows, [] if tile is None else list(astuple(tile)))
+        return module, [empty(6, 77, rank), empty(256, rank), empty(64, 256), empty(64)]
+
     return {
+        "one_block": row_blocks(512),
+        "one_block_of_an_odd_rank": row_blocks(512, rank=63),
+        "one_block_on_library": row_blocks(512, tile=None),
+        "two_blocks": row_blocks(256),
         "attention": attention(40, TileConfig(64, 64, 4, 3)),
         "described_attention": attention(64, TileConfig(64, 64, 4, 3, is_described=True)),
         "whole": (
@@ -121,6 +145,7 @@ def main() -> None:
     graph = aot_export_module(module, traced, trace_joint=False)[0].graph
     launches = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     record = {
+        "calls": [str(n.target) for n in graph.nodes if n.op == "call_function"],
         "operators": [str(n.target) for n in graph.nodes if "flashsvd" in str(n.target)],
         "launches": [str(node.target) for node in launches],
         "copied": [node.kwargs["tensors_to_clone"] for node in launches],
