@@ -15,7 +15,7 @@ of each spends its time in, and whose gradients are how far off.
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ def print_profile(name: str, step: Callable[[], None], device: str) -> None:
     print(f"\n{name}\n{table}", flush=True)
 
 
-def print_errors(model: nn.Module, off: dict[str, Tensor], truth: Tensor) -> None:
+def print_errors(model: nn.Module, off: Mapping[str, Tensor], truth: Tensor) -> None:
     """By parameter, the squared error of gradients as a share of all of the squared gradient."""
     shares: dict[str, list[float]] = {}
     start = 0
@@ -142,9 +142,8 @@ def measure(case: Case, device: str, is_profiled: bool) -> dict[str, Any]:
     if not case.dropout:  # else each draws its own
         few = {name: x[:1] for name, x in inputs.items()}  # float64 of the whole batch may not fit
         truth = gradients(exact, step_of(exact, few))
-        options = {"compiler": "aot_eager"}
-        uncompiled = torch.compile(model, backend="flashsvd", options=options)
-        for name, run in [*runs.items(), (UNCOMPILED, uncompiled)]:
+        uncompiled = torch.compile(model, backend="flashsvd", options={"compiler": "aot_eager"})
+        for name, run in {**runs, UNCOMPILED: uncompiled}.items():
             off[name] = gradients(model, step_of(run, few)) - truth
             errors[name] = float(off[name].norm() / truth.norm())
         if is_profiled:

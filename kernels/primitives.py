@@ -113,7 +113,7 @@ def _record(
     triton_kernel_wrap.triton_kernel_wrapper_mutation(
         kernel_idx=triton_kernel_wrap.kernel_side_table.add_kernel(tuned),
         constant_args_idx=triton_kernel_wrap.kernel_side_table.add_constant_args(constants),
-        grid=[grid],
+        grid=[(*grid, 1, 1)[:3]],  # Inductor's launchers take all three axes
         tma_descriptor_metadata={
             name: triton_kernel_wrap.create_tma_stable_metadata(list(x.block_shape))
             for name, x in described.items()

@@ -50,6 +50,7 @@ def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
 def test_one_block_of_rows_is_two_nodes():
     found = traced("one_block", "cuda:0", "static")
     assert found["launches"] == ["triton_kernel_wrapper_functional"]
+    assert found["axes"] == [3]  # all that Inductor's launcher asks for
     assert found["copied"] == [["out"]]
     assert found["operators"] == []
     assert found["calls"][-1] == "aten.addmm.default"

@@ -148,6 +148,7 @@ def main() -> None:
         "calls": [str(n.target) for n in graph.nodes if n.op == "call_function"],
         "operators": [str(n.target) for n in graph.nodes if "flashsvd" in str(n.target)],
         "launches": [str(node.target) for node in launches],
+        "axes": [len(grid) for node in launches for grid in node.kwargs["grid"]],
         "copied": [node.kwargs["tensors_to_clone"] for node in launches],
         "described": [node.kwargs["tma_descriptor_metadata"] for node in launches],
         "alignments": [
