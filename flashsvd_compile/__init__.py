@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashsvd_compile.checkpoints.compressed import compress_checkpoint as compress_checkpoint
     from flashsvd_compile.checkpoints.errors import CheckpointError as CheckpointError
     from flashsvd_compile.checkpoints.load import from_pretrained as from_pretrained
     from flashsvd_compile.checkpoints.load import load_checkpoint as load_checkpoint
@@ -33,6 +34,7 @@ _PUBLIC = {
     "Explanation": "explanation",
     "Options": "options",
     "compress_": "compress.compressing",
+    "compress_checkpoint": "checkpoints.compressed",
     "explain": "explanation",
     "from_pretrained": "checkpoints.load",
     "load_checkpoint": "checkpoints.load",
@@ -47,6 +49,7 @@ __all__ = [
     "Explanation",
     "Options",
     "compress_",
+    "compress_checkpoint",
     "explain",
     "from_pretrained",
     "load_checkpoint",

@@ -96,7 +96,7 @@ ARROWS = {
     "kernels": ["kernels"],
     "compress": ["compress", "options", "figure", "kernels.attention_extents",
                  "kernels.attention_tiles", "kernels.feed_forward_tiles"],
-    "checkpoints": ["checkpoints", "compress"],
+    "checkpoints": ["checkpoints", "compress", "options"],
 }  # fmt: skip
 
 

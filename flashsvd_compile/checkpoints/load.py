@@ -113,6 +113,17 @@ def from_pretrained(
     return _load_native(checkpoint, None, dtype, device)
 
 
+def mapped_model(checkpoint: Checkpoint, base: Any) -> nn.Module:
+    """The dense model of ``checkpoint`` in eval mode, its weights views of the mapped files.
+
+    ``base`` and what is raised are those of `load_checkpoint`.
+    """
+    dtype = _usual_dtype(checkpoint.tensors.values())
+    model = skeleton_of(base, checkpoint.config, checkpoint.tensors, dtype)
+    place_tensors(model, checkpoint.tensors, None, Placer(copies=False))
+    return _finished(model, checkpoint, dtype)
+
+
 def _load_native(
     checkpoint: Checkpoint,
     base: Any,

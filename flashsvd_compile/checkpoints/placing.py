@@ -27,13 +27,14 @@ _STALE = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 
 @dataclass
 class Placer:
-    """Owns what it places: a file may change or go once a model is loaded.
+    """Owns what it places, if it ``copies``: a file may change or go once a model is loaded.
 
     A tensor that is given for two places, the same memory in the same shape, becomes one parameter.
     ``device`` None is the tensors' own.
     """
 
     device: torch.device | str | None = None
+    copies: bool = True
     # With each parameter the tensor that it was made of, whose memory is then no other's.
     _made: dict[tuple[Any, ...], tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
@@ -47,10 +48,12 @@ class Placer:
         return parameter
 
     def owned(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """A contiguous copy; raises `CheckpointError` where a cast makes values infinite."""
+        """Contiguous, and a copy unless told otherwise; raises `CheckpointError` where a cast makes
+        values infinite."""
         if dtype is None or not tensor.is_floating_point():
             dtype = tensor.dtype
-        value = tensor.detach().to(self.device or tensor.device, dtype, copy=True).contiguous()
+        device = self.device or tensor.device
+        value = tensor.detach().to(device, dtype, copy=self.copies).contiguous()
         if dtype != tensor.dtype and value.isfinite().sum().item() < tensor.isfinite().sum().item():
             raise CheckpointError(f"{name} has values that are not finite in {dtype}")
         return value

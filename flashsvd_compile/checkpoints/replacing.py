@@ -1,6 +1,7 @@
 """A directory that is written whole or not at all."""
 
 import glob
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ def replacing(directory: Path, is_written: Callable[[str], bool]) -> Iterator[Pa
         for kept in directory.iterdir() if directory.exists() else ():
             if not is_written(kept.name):
                 _copy(kept, new / kept.name)
+        _settle(new)
         _swap(directory, new, old)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -50,6 +52,15 @@ def _copy(kept: Path, to: Path) -> None:
         shutil.copytree(kept, to, symlinks=True)
     else:
         shutil.copy2(kept, to, follow_symlinks=False)
+
+
+def _settle(new: Path) -> None:
+    """Wait until the files are on the disk: a machine that loses power may have done the rename
+    before them."""
+    for file in new.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def _swap(directory: Path, new: Path, old: Path) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from flashsvd_compile.checkpoints import native
 from flashsvd_compile.checkpoints.errors import CheckpointError, listed, optional_module
 from flashsvd_compile.checkpoints.replacing import replacing
+from flashsvd_compile.checkpoints.shards import Shards, write_json
 from flashsvd_compile.checkpoints.skeleton import skeleton_like
 from flashsvd_compile.checkpoints.storage import read_json
+from flashsvd_compile.options import parse_bytes
 
 _OWN_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
@@ -38,6 +41,18 @@ def save_pretrained(
     directory with other contents, `ValueError` for the working directory, one above it and a mount
     point, which cannot be renamed, `ImportError` where a package is not installed.
     """
+    with saving(model, directory, max_shard_size):
+        pass
+
+
+@contextmanager
+def saving(model: nn.Module, directory: str | Path, max_shard_size: int | str) -> Iterator[Shards]:
+    """Files to write tensors of ``model`` to, by their names in its state dict; what is not there
+    at the end is written then, as `save_pretrained` does, which says what is raised.
+
+    Where modules on the meta device have taken the place of others by then, their tensors have to
+    be written, those that they have more than one name for by the first; others' may still be.
+    """
     transformers = optional_module("transformers")
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -47,17 +62,28 @@ def save_pretrained(
     name = type(model).__name__
     if getattr(transformers, name, type(model)) is not type(model):
         raise TypeError(f"model is a {name}, but not that of transformers, which would be loaded")
+    max_bytes = parse_bytes("max_shard_size", max_shard_size)
+    if max_bytes is None:
+        raise TypeError("max_shard_size must be a number of bytes, or a string as '5GB'")
     directory = Path(directory).resolve()  # a link stays, what it leads to is replaced
     _check_target(directory)
-    modules = native.describe(model, skeleton_like(model))
-    state, tied = _distinct(model.state_dict())
-    block = {"format_version": native.VERSION, "modules": modules, "tied": tied}
+    skeleton = skeleton_like(model)
+    native.describe(model, skeleton)  # before anything is written
     with replacing(directory, lambda name: _OWN_FILES.fullmatch(name) is not None) as new:
-        _write_tensors(state, new, max_shard_size)
-        _write_json(new / "config.json", _config(model) | {"flashsvd": block})
+        shards = Shards(new, max_bytes)
+        yield shards
+        modules = native.describe(model, skeleton)
+        state = model.state_dict(keep_vars=True)
+        lacking, tied = _distinct(state, shards)
+        storages: set[int] = set()
+        for key in lacking:
+            shards.add(key, _alone(state[key].detach(), storages))
+        shards.finish()
+        block = {"format_version": native.VERSION, "modules": modules, "tied": tied}
+        write_json(new / "config.json", _config(model) | {"flashsvd": block})
         generation = getattr(model, "generation_config", None)
         if generation is not None:
-            _write_json(new / "generation_config.json", json.loads(generation.to_json_string()))
+            write_json(new / "generation_config.json", json.loads(generation.to_json_string()))
 
 
 def _check_target(directory: Path) -> None:
@@ -84,43 +110,35 @@ def _config(model: Any) -> dict[str, Any]:
     return config | {"architectures": [type(model).__name__]}
 
 
-def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, in memory of its own, and tied names by the one that is kept."""
-    on_meta = [name for name, tensor in state.items() if tensor.is_meta]
-    if on_meta:
-        raise CheckpointError(f"{listed(on_meta)} on the meta device; load the model first")
+def _distinct(
+    state: Mapping[str, Tensor], written: Container[object]
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors that are not ``written``, each once, and tied names by the one that is
+    kept."""
     kept: dict[Any, str] = {}
-    storages = set()
-    distinct, tied = {}, {}
+    tied = {}
     for name, tensor in state.items():
         key: Any = name
-        if tensor.numel():
+        if tensor.is_meta:
+            key = id(tensor)
+        elif tensor.numel():
             place = (tensor.device, tensor.data_ptr())
             key = (*place, tensor.dtype, tensor.shape, tensor.stride())
-        if key in kept:
+        if kept.setdefault(key, name) != name:
             tied[name] = kept[key]
-            continue
-        kept[key] = name
-        storage = tensor.untyped_storage()
-        is_alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
-        storages.add(storage.data_ptr())
-        contiguous = tensor.contiguous()
-        # Views into others' memory are copied: a file holds every tensor for itself.
-        distinct[name] = contiguous if is_alone else contiguous.clone()
-    return distinct, tied
+    lacking = [name for name in kept.values() if name not in written]
+    if on_meta := [name for name in lacking if state[name].is_meta]:
+        raise CheckpointError(f"{listed(on_meta)} on the meta device; load the model first")
+    return lacking, tied
 
 
-def _write_tensors(state: dict[str, Tensor], into: Path, max_shard_size: int | str) -> None:
-    split = optional_module("huggingface_hub").split_torch_state_dict_into_shards(
-        state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    save_file = optional_module("safetensors.torch").save_file
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, into / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(into / "model.safetensors.index.json", index)
+def _alone(tensor: Tensor, storages: set[int]) -> Tensor:
+    """Contiguous; views into others' memory are copied: a file holds every tensor for itself.
 
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    ``storages``: where those lie that were written before.
+    """
+    storage = tensor.untyped_storage()
+    is_alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+    storages.add(storage.data_ptr())
+    contiguous = tensor.contiguous()
+    return contiguous if is_alone else contiguous.clone()

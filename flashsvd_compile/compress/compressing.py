@@ -14,23 +14,22 @@ The last fits blocks in the order of the model, each to what the compressed ones
 (``joint.py``).
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from flashsvd_compile.compress.arguments import method_of, size_of
 from flashsvd_compile.compress.caps import cap_of
-from flashsvd_compile.compress.fitting import Fitted, matrix_by_matrix, planned, progress
-from flashsvd_compile.compress.heads import find_head_layouts, find_projections
-from flashsvd_compile.compress.linears import find_linears, model_bytes, replace_, select
-from flashsvd_compile.compress.matrices import Matrices
+from flashsvd_compile.compress.choosing import choose, weight_bytes
+from flashsvd_compile.compress.fitting import Fitted, matrix_by_matrix, planned, progress, row_of
+from flashsvd_compile.compress.heads import find_projections
+from flashsvd_compile.compress.linears import model_bytes, replace_
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
 from flashsvd_compile.compress.ranks import share_within
-from flashsvd_compile.compress.report import CompressReport, CompressRow, curve_of
+from flashsvd_compile.compress.report import CompressReport
 from flashsvd_compile.options import parse_bytes
 
 
@@ -77,25 +76,11 @@ def compress_(
     Raises TypeError and ValueError for arguments that are none, ValueError for weights that are not
     finite or on the meta device, and for a budget that the smallest ranks exceed.
     """
-    name, share = _method(method, calibration), _validated(keep)
-    budget = parse_bytes("weight_budget", weight_budget)
+    name = method_of(method, calibration, tuple(METHODS), default="planned")
+    share, budget = size_of(keep, weight_budget)
     sram = parse_bytes("sram_budget", sram_budget)
-    if budget is not None and keep is not None:
-        raise ValueError("keep and weight_budget both say how large factors are: give one")
-    linears = find_linears(model)
-    if not linears:
-        raise ValueError(f"{type(model).__name__} holds no nn.Linear or Conv1D to compress")
-    if linears[0].path == "":
-        raise ValueError("the model itself is a linear layer; pass the module that holds it")
-    left_out = select(linears, include, exclude)
-    out_features = {x.path: x.weight.shape[0] for x in linears if x.weight is not None}
-    layouts = find_head_layouts(model, out_features)
-    reasons = {x.path: left_out.get(x.path) or x.obstacle for x in linears}
-    matrices = {
-        x.path: Matrices(x, x.weight, layouts.get(x.path))
-        for x in linears
-        if not reasons[x.path] and x.weight is not None
-    }
+    chosen = choose(model, include, exclude)
+    matrices = chosen.matrices
     for found in matrices.values():
         found.validate()
     batches = None if calibration is None else list(calibration)
@@ -105,53 +90,21 @@ def compress_(
         how = replace(how, caps={path: cap_of(one, sram) for path, one in matrices.items()})
     bytes_before = model_bytes(model)
     if budget is not None:
-        own = sum(one.linear.weight_bytes for one in matrices.values())
-        share = share_within(budget, bytes_before, own, "what stays dense")
+        share = share_within(budget, bytes_before, weight_bytes(matrices), "what stays dense")
     if name == "planned":
         assert batches is not None
-        projections = find_projections(model, out_features)
+        projections = find_projections(model, chosen.out_features)
         fits = planned(model, how, matrices, projections, batches, share)
     else:
         fits = matrix_by_matrix(how, matrices, share)
 
-    rows: list[CompressRow] = []
-    for linear in linears:
-        path, size = linear.path, linear.weight_bytes
-        fit = fits.get(path) or unfit.get(path) or reasons[path]
-        if isinstance(fit, str):
-            rows.append(CompressRow(path, "dense", None, size, size, 0.0, fit))
-            continue
-        curve = curve_of(fit.losses, fit.rank)
-        rows.append(
-            CompressRow(path, fit.kind, fit.rank, size, fit.bytes, fit.error, "", fit.loss, curve)
-        )
-    for linear in linears:
+    rows = []
+    for linear in chosen.linears:
+        path = linear.path
+        fit = fits.get(path) or unfit.get(path) or chosen.reasons[path]
+        rows.append(row_of(linear, fit))
+    for linear in chosen.linears:
         one = fits.get(linear.path)
         if isinstance(one, Fitted):
             replace_(model, linear.paths, one.module)
     return CompressReport(share, tuple(rows), bytes_before, model_bytes(model), name)
-
-
-def _method(method: str | None, calibration: Iterable[Any] | None) -> str:
-    if method is None:
-        return "svd" if calibration is None else "planned"
-    if method not in METHODS:
-        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"unknown method {method!r}; the nearest is {nearest!r} (allowed: {', '.join(METHODS)})"
-        )
-    if METHODS[method] and calibration is None:
-        raise ValueError(f"method={method!r} needs calibration: an iterable of the model's inputs")
-    if not METHODS[method] and calibration is not None:
-        raise ValueError(f"method={method!r} looks at no data; leave calibration out")
-    return method
-
-
-def _validated(keep: float | None) -> float:
-    if keep is None:
-        return 0.5
-    if not isinstance(keep, Real) or isinstance(keep, bool):
-        raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], the share of parameters to keep, got {keep!r}")
-    return float(keep)

@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from flashsvd_compile.compress.anchored import Anchored
 from flashsvd_compile.compress.blocks import find_blocks
+from flashsvd_compile.compress.choosing import weight_bytes
 from flashsvd_compile.compress.heads import Projections
 from flashsvd_compile.compress.joint import Joint, find_joints, unseen_outside
 from flashsvd_compile.compress.linears import (
+    Linear,
     holders_of,
     module_paths,
     parameter_bytes,
@@ -22,7 +24,7 @@ from flashsvd_compile.compress.methods import Method
 from flashsvd_compile.compress.moments import in_evaluation, mask_of
 from flashsvd_compile.compress.narrowing import error_of, losses_of
 from flashsvd_compile.compress.ranks import Layer, plan_ranks
-from flashsvd_compile.compress.report import Kind
+from flashsvd_compile.compress.report import CompressRow, Kind, curve_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ Fits = dict[str, Fitted | str]
 def matrix_by_matrix(how: Method, matrices: Mapping[str, Matrices], keep: float) -> Fits:
     """Each factored for itself."""
     ranks = how.ranks(matrices, keep)
-    return {path: _factored(how, path, matrices[path], rank) for path, rank in ranks.items()}
+    return {path: factored(how, path, matrices[path], rank) for path, rank in ranks.items()}
 
 
 def planned(
@@ -73,8 +75,7 @@ def planned(
             for joint in joints:
                 both = [layers.pop(path) for path in joint.paths]
                 layers[joint.name] = _together(joint, both, how, matrices)
-            whole = sum(one.linear.weight_bytes for one in matrices.values())
-            ranks = plan_ranks(layers, int(keep * whole + 1e-6))
+            ranks = plan_ranks(layers, int(keep * weight_bytes(matrices) + 1e-6))
             masks = [mask_of(batch) for batch in batches]
             anchored = Anchored(model, blocks, free, joints, how.moments, masks)
             for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
@@ -92,7 +93,7 @@ def planned(
         if pair is not None and (made is None or rank is None):
             fits[path] = "heads that are narrowed lose more than their bytes are worth"
         elif rank is None or made is None:
-            fits[path] = _factored(how, path, one, rank)
+            fits[path] = factored(how, path, one, rank)
         elif pair is None:
             error, losses = one.error_of(made), layers[name].losses  # type: ignore[arg-type]
             fits[path] = Fitted(made, one.kind, rank, error, losses, losses[rank])
@@ -131,7 +132,8 @@ def _together(
     return Layer(losses, dense_bytes // joint.head_dim, dense_bytes, cap)
 
 
-def _factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted | str:
+def factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted | str:
+    """One, for itself; or why factors would be no smaller."""
     if rank is None or not one.is_smaller(rank):
         what = "that lose less" if rank is None else f"of rank {rank}"
         return f"factors {what} are no smaller than {[*one.shape]}"
@@ -140,6 +142,15 @@ def _factored(how: Method, path: str, one: Matrices, rank: int | None) -> Fitted
     made.method = how.name
     loss = losses[rank] if how.name == "planned" else None
     return Fitted(made, one.kind, rank, one.error_of(made), losses, loss)
+
+
+def row_of(linear: Linear, fit: Fitted | str) -> CompressRow:
+    """Of the report: what takes the place of ``linear``, or why it stays."""
+    path, size = linear.path, linear.weight_bytes
+    if isinstance(fit, str):
+        return CompressRow(path, "dense", None, size, size, 0.0, fit)
+    curve = curve_of(fit.losses, fit.rank)
+    return CompressRow(path, fit.kind, fit.rank, size, fit.bytes, fit.error, "", fit.loss, curve)
 
 
 def progress(steps: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

@@ -56,12 +56,11 @@ def collect(
     needs_gradients = any(one.wants & {"outputs", "fisher"} for one in watched)
     real = RealTokens()
     count = 0
-    with ExitStack() as stack:
-        stack.enter_context(in_evaluation(model))
-        for one in watched:
-            hook = one.module.register_forward_hook(_hook(one, real, needs_gradients))
-            stack.callback(hook.remove)
-        stack.enter_context(torch.set_grad_enabled(needs_gradients))
+    with (
+        in_evaluation(model),
+        watching(watched, real, needs_gradients),
+        torch.set_grad_enabled(needs_gradients),
+    ):
         for count, batch in enumerate(batches, 1):
             real.mask = mask_of(batch)
             output = called(model, batch)
@@ -70,6 +69,18 @@ def collect(
     if not count:
         raise ValueError("calibration holds no batch")
     return count
+
+
+@contextmanager
+def watching(
+    watched: Iterable[Watched], real: "RealTokens", needs_gradients: bool = False
+) -> Iterator[None]:
+    """Fill the moments of ``watched`` from what is run meanwhile, where tokens are ``real``."""
+    with ExitStack() as stack:
+        for one in watched:
+            hook = one.module.register_forward_hook(_hook(one, real, needs_gradients))
+            stack.callback(hook.remove)
+        yield
 
 
 class RealTokens:

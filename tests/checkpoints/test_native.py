@@ -1,6 +1,7 @@
 """`save_pretrained` and `from_pretrained`: what comes back, how it lies, what goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -61,6 +62,19 @@ def test_round_trip(family, shards, tmp_path):
     assert {p: type(m) for p, m in loaded.named_modules() if isinstance(m, LOW_RANK)} == kinds
     assert len(list(loaded.parameters())) == len(list(model.parameters()))  # what was tied is
     assert_same_logits(fsc.load_checkpoint(tmp_path / "saved"), model)
+
+
+def test_files_are_on_the_disk_before_they_take_the_place(monkeypatch, tmp_path):
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        assert not (tmp_path / "saved").exists()
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    fsc.save_pretrained(compressed("llama"), tmp_path / "saved")
+    assert sorted(synced) == sorted(f.stat().st_ino for f in (tmp_path / "saved").iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
