@@ -21,7 +21,7 @@ from flashsvd_compile.lowering.builder import Builder
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import ScoreMask
-from flashsvd_compile.analysis.axes import Dim, volume
+from flashsvd_compile.analysis.axes import Atom, Dim, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
@@ -174,7 +174,12 @@ def _analysed(
 def _present(builder: Builder, mask: ScoreMask, groups: Sequence[Dim]) -> list[Dim]:
     """Of each group all atoms if the mask has any of them (missing ones repeated), else none."""
     atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
-    return [group if atoms & set(group) else () for group in groups]
+    return [
+        tuple(a if a in atoms else Atom(a.size, broadcast=True) for a in group)
+        if atoms & set(group)
+        else ()
+        for group in groups
+    ]
 
 
 def _as_attention_mask(site: AttentionSite, builder: Builder, mask: ScoreMask) -> fx.Node:

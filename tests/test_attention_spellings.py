@@ -441,6 +441,72 @@ def _transposed(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+class OneLiftForAllHeads(nn.Module):
+    """No factor varies along heads, as where heads were narrowed: only the masks tell them from
+    the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(HIDDEN, HEADS * RANK, bias=False) for _ in "qkv")
+        self.lifts = nn.ModuleList(nn.Linear(RANK, HEAD_DIM, bias=False) for _ in "qkv")
+
+    def forward(self, x, *masks):
+        q, k, v = (
+            lift(down(x).unflatten(-1, (HEADS, RANK))).transpose(-2, -3)
+            for down, lift in zip(self.down, self.lifts, strict=True)
+        )
+        scores = q @ k.mT / HEAD_DIM**0.5
+        for mask in masks:
+            is_bool = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
+        return scores.softmax(-1) @ v
+
+
+def _hidden_keys(*shape):
+    return torch.cat([torch.ones(*shape[:-1], 1), torch.rand(*shape[:-1], shape[-1] - 1)], -1) > 0.5
+
+
+MASKS_OF_SOME = {
+    "none": lambda b, m: (),
+    "keys of the batch": lambda b, m: (_hidden_keys(b, 1, 1, m),),
+    "all heads alike": lambda b, m: (_hidden_keys(b, 1, m, m),),
+    "all batches alike": lambda b, m: (torch.randn(1, HEADS, m, m),),
+    "one of each": lambda b, m: (_hidden_keys(b, 1, m, m), torch.randn(HEADS, m, m)),
+    "the other way round": lambda b, m: (torch.randn(HEADS, 1, m), torch.randn(b, 1, m, 1)),
+    "no two alike": lambda b, m: (torch.randn(b, HEADS, m, m),),
+}
+
+
+@pytest.mark.parametrize("masks", MASKS_OF_SOME.values(), ids=MASKS_OF_SOME)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_masks_tell_heads_from_the_batch_where_no_factor_does(masks, dynamic, tmp_path):
+    calls = [(hidden_states(b, m), *masks(b, m)) for b, m in ((2, 5), (4, 6))[: 1 + dynamic]]
+    check(OneLiftForAllHeads(), *calls, into=tmp_path, found=ONE_SITE, ranks=ALL_LOW_RANK,
+          dynamic=dynamic)  # fmt: skip
+    (after,) = tmp_path.glob("graph_*/after.py")
+    varies = {mask.shape[-4:-2] for mask in calls[0][1:]}
+    told_apart = bool(varies) and varies != {(2, HEADS)}
+    assert f"num_heads = {HEADS if told_apart else 1}," in after.read_text()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_masks_for_one_of_two_batch_dimensions(dynamic, tmp_path):
+    """Repeated along the other one, whose size no graph of all sizes knows."""
+
+    def call(outer, inner, rows):
+        return torch.randn(outer, inner, rows, HIDDEN), _hidden_keys(outer, 1, 1, rows, rows)
+
+    calls = [call(2, 4, 5), call(6, 3, 7)][: 1 + dynamic]
+    check(
+        OneLiftForAllHeads(),
+        *calls,
+        into=tmp_path,
+        found=ONE_SITE,
+        ranks=ALL_LOW_RANK,
+        dynamic=dynamic,
+    )
+
+
 @pytest.mark.parametrize("change", [_expanded, _strided, _transposed], ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("name", ["sequential", "per_head_einsum", "groups"])
 def test_strides_of_the_input_do_not_matter(name, change, tmp_path):

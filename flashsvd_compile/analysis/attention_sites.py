@@ -1,8 +1,10 @@
 """From a candidate to an attention site: q, k and v as latents where they can be, else dense.
 
-The operands' atoms are aligned with the output's; those along which a factor varies are heads,
-the others batch.
+The operands' atoms are aligned with the output's; those along which a factor varies are heads, the
+others batch, but for those that a mask tells apart.
 """
+
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -71,6 +73,7 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         or any(atoms[i].broadcast for atoms in positions[1:3])
         for i in range(len(positions[0]))
     ]
+    in_heads = _as_masks_vary(facts, found, positions[3], in_heads)
     split = [
         (tuple(a for a, h in zip(atoms, in_heads, strict=True) if not h),
          tuple(a for a, h in zip(atoms, in_heads, strict=True) if h))
@@ -108,6 +111,24 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         is_causal=found.is_causal,
         masks=found.masks,
     )
+
+
+def _as_masks_vary(
+    facts: Facts, found: AttentionCandidate, output: Dim, in_heads: Sequence[bool]
+) -> list[bool]:
+    """With heads as all atoms that masks vary along otherwise than along the first that is none.
+
+    Where no factor tells heads apart (narrowed heads have none), a mask for all heads does: it
+    would have to be repeated for each of them, if they were batch.
+    """
+    leaves = facts.space.leaves
+    masks = [{a for dim in mask.dims for a in leaves(dim)} for mask in found.masks]
+    varies = [[atom in mask for mask in masks] for atom in output]
+    batch = [along for along, is_head in zip(varies, in_heads, strict=True) if not is_head]
+    return [
+        is_head or (along != batch[0] and isinstance(atom.size, sympy.Integer))
+        for atom, along, is_head in zip(output, varies, in_heads, strict=True)
+    ]
 
 
 def _stacked_heads(facts: Facts, found: AttentionCandidate, rows: Dim) -> list[int]:
