@@ -18,15 +18,19 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 import flashsvd_compile as fsc
-from bench.demo import MODEL, documentation_sentences, embed, embedding, similarity_shift
 from bench.measure import environment, write_results
+from bench.sentences import (
+    batches,
+    documentation_sentences,
+    embed,
+    embedding,
+    loaded,
+    similarity_shift,
+)
 
 HELD_OUT = 256
-ROWS = 32  # sentences a batch, of like lengths
 LAYERS = ["encoder.*"]
 
 
@@ -35,11 +39,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--sentences", type=int, default=256, help="that calibrate")
     args = parser.parse_args()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the unused pooler would be reported
     print(environment("cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
-    dense = AutoModel.from_pretrained(str(MODEL), add_pooling_layer=False).eval()
+    tokenizer, dense = loaded()
     found = documentation_sentences(HELD_OUT + args.sentences)
     held_out = list(batches(tokenizer, found[:HELD_OUT]))
     calibration = list(batches(tokenizer, found[HELD_OUT:]))
@@ -70,14 +71,6 @@ def measured(
         share = sum(r.bytes_after for r in taken) / sum(r.bytes_before for r in taken)
         off = similarity_shift(embedded(model, held_out), expected)
         yield {"method": name, "share of parameters": share, "mean |Δcos|": off, "s": seconds}
-
-
-def batches(tokenizer: Any, sentences: list[str]) -> Iterator[Any]:
-    ordered = sorted(sentences, key=len)
-    for start in range(0, len(ordered), ROWS):
-        yield tokenizer(
-            ordered[start : start + ROWS], padding=True, truncation=True, return_tensors="pt"
-        )
 
 
 @torch.no_grad()
