@@ -108,7 +108,7 @@ FAMILIES = {
         {**_SIZES, "intermediate_size": 96, "rotary_pct": 0.5},
         "wide_has_other_user",
     ),
-    "falcon": ("FalconForCausalLM", {**_SIZES, "parallel_attn": True}, "aten.index"),
+    "falcon": ("FalconForCausalLM", {**_SIZES, "parallel_attn": True}, "wide_has_other_user"),
     "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 48}, TAKEN),
     "gpt_oss": ("GptOssForCausalLM", _GPT_OSS, "aten.cat"),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _DEEPSEEK, "mutated"),
