@@ -23,7 +23,7 @@ from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.alternatives import Alternative, alternatives
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.held import lowered_by
+from flashsvd_compile.planner.held import lowered_by, remainders_by
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.sites import drop_taken
 
@@ -104,11 +104,11 @@ def profile_of(
     view_of: ViewOf, plans: Sequence[Plan], device_of: Callable[..., Device]
 ) -> MemoryProfile:
     """What a graph will hold with ``plans`` in the places of their sites."""
-    lowered = {
-        plan.node: lowered_by(plan, device_of(plan.site.device))
-        for plan in plans
-        if plan.lowering != "unfused"
-    }
+    lowered: dict[fx.Node, Lowered] = {}
+    for plan in plans:
+        if plan.lowering != "unfused":
+            lowered[plan.node] = lowered_by(plan, device_of(plan.site.device))
+            lowered |= remainders_by(plan)
     return walk(view_of(lowered))
 
 
