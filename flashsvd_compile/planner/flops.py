@@ -62,7 +62,7 @@ def flops_of(plan: Plan, found: Site, besides: Iterable[fx.Node] = ()) -> Flops:
         if plan.lowering == "streamed_whole":
             macs += _outer(site)
     elif isinstance(site, ChainSite):
-        macs = sympy.S.Zero if plan.node in set(besides) else _chain(site)
+        macs = _chain(site, is_lift_counted=plan.node in set(besides))
     else:
         assert isinstance(site, SiblingsSite)
         counted = frozenset(besides)
@@ -145,8 +145,9 @@ def _entry(entry: Entry) -> Size:
     return volume(entry.rows) * volume(entry.hidden) * volume(entry.rank)
 
 
-def _chain(site: ChainSite) -> Size:
+def _chain(site: ChainSite, is_lift_counted: bool) -> Size:
     """The first product belongs to a chain where nobody else reads the latent."""
     rows = sympy.Mul(*shape_of(value(site.node))) / site.out_width
-    widths = site.out_width + (site.in_width if isinstance(site.ends, ChainEnds) else 0)
+    widths = 0 if is_lift_counted else site.out_width
+    widths += site.in_width if isinstance(site.ends, ChainEnds) else 0
     return rows * site.rank * widths
