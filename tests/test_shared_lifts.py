@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 import flashsvd_compile as fsc
+from flashsvd_compile import contest
 from flashsvd_compile.analysis.calls import packet, value
+from flashsvd_compile.analysis.contraction import read_contraction
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import rewrite
+from flashsvd_compile.tuning import race
 from tests.spelled import (
     FUSED_CUTS,
     HEAD_DIM,
@@ -79,18 +82,13 @@ def rewritten(model, *args, dynamic=None, **options):
     return only
 
 
-PRODUCTS = (aten.linear, aten.addmm, aten.mm, aten.matmul, aten.bmm, aten.einsum)
-
-
 def products(model, *args, **options):
     """The operators that multiply with a weight behind the first, each with the weight's shape."""
-    graph = rewritten(model, *args, **options).module.graph
-    nodes = [n for n in graph.nodes if n.op == "call_function" and packet(n) in PRODUCTS]
-    weights = [n.args[1][-1] if packet(n) is aten.einsum else n.args[-2 + (n.args[-1] is None)]
-               if packet(n) is aten.linear else n.args[1] for n in nodes]  # fmt: skip
-    return [
-        (packet(n).__name__, tuple(value(w).shape)) for n, w in zip(nodes, weights, strict=True)
-    ]
+    found = []
+    for node in rewritten(model, *args, **options).module.graph.nodes:
+        if (product := read_contraction(node)) is not None:
+            found.append((packet(node).__name__, tuple(value(product.right).shape)))
+    return found
 
 
 # ---- what is left is one product of rows side by side --------------------------------------------
@@ -212,6 +210,7 @@ def test_scaled_and_biased_by_hand(tmp_path):
         into.mkdir()
         model = Fused(FUSED_CUTS[cut], qkv=made)
         check(model, (hidden_states(),), into=into, found=ONE_SITE, ranks=ONLY_V)
+        assert products(model, hidden_states())[1:] == LEFT["sequential", cut]
 
 
 def test_keys_that_are_not_rotated_stay_latents_too(tmp_path):
@@ -413,3 +412,26 @@ def test_flops():
         latents = tokens * HIDDEN * RANK  # of the chain that the lift is where attention stays
         told = 2 * (unfused + (latents if how == "unfused" else 0))
         assert found.totals.unfused_flops == told
+
+
+def test_what_is_timed_is_what_differs(monkeypatch, tmp_path):
+    """With the whole lift, or with what is left of it: both give q, k and the result."""
+    monkeypatch.setenv("FLASHSVD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(contest, "MAX_TIMES_AS_LONG", 1e9)  # sizes are tiny
+    contests = []
+
+    def told(runs, device, rounds):
+        contests.append({name: run() for name, run in runs.items()})
+        return {name: 1.0 + (name == "unfused") for name in runs}
+
+    monkeypatch.setattr(race, "median_ms", told)
+    model, x = Fused(FUSED_CUTS["chunked_per_head"]), hidden_states()
+    options = {"autotune": True, "compiler": "eager"}
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    assert_as_good_as_eager(model, compiled, (x,))
+    (one,) = (c for c in contests if "rank_space" in c)
+    assert [tuple(t.shape) for t in one["unfused"]] == [(2, HEADS, QUERIES, HEAD_DIM)] * 3
+    for mine, theirs in zip(one["rank_space"], one["unfused"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    (site,) = (s for s in fsc.explain(model, x, options=options).sites if s.kind == "attention")
+    assert (site.lowering, site.plan.known_from) == ("rank_space", "measured before")

@@ -96,13 +96,14 @@ def _readers(
     if isinstance(own, Reason):
         return own
     readers: list[fx.Node] = []
-    pending = sorted(node for node in gone if _is_part(facts, node, lift))
+    pending = sorted(node for node in gone if _holds(facts, node, lift))
     region = {lift}
     for node in pending:
         for user in node.users:
             if user in gone or user in region or not (user.op == "output" or holds_tensors(user)):
                 continue
-            if not _is_part(facts, user, lift):
+            is_view = is_layout(user) or user.target is operator.getitem
+            if not (is_view and _holds(facts, user, lift)):
                 observed = f"{node.name} is also read by {user.name}"
                 required = "no reader outside, or such as read other rows of the lift"
                 return reason_at(node, Code.WIDE_HAS_OTHER_USER, observed, required)
@@ -117,15 +118,12 @@ def _readers(
     return readers, region
 
 
-def _is_part(facts: Facts, node: fx.Node, lift: fx.Node) -> bool:
-    """Is ``node`` the lift, or nothing but rows of it, laid out in some way?"""
+def _holds(facts: Facts, node: fx.Node, lift: fx.Node) -> bool:
+    """Is ``node`` made of rows of the lift, or a list of such?"""
     if node in facts.pieces:
         source = node.args[0]
-        return isinstance(source, fx.Node) and _is_part(facts, source, lift)
-    fact = facts.factored.get(node)
-    if fact is None or fact.lift is not lift:
-        return False
-    return node is lift or is_layout(node) or node.target is operator.getitem
+        return isinstance(source, fx.Node) and _holds(facts, source, lift)
+    return node in facts.factored and facts.factored[node].lift is lift
 
 
 def _check_reader(facts: Facts, reader: fx.Node, lift: fx.Node) -> Reason | None:
