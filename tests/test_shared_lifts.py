@@ -14,6 +14,7 @@ from flashsvd_compile.analysis.calls import packet, value
 from flashsvd_compile.analysis.contraction import read_contraction
 from flashsvd_compile.options import Options
 from flashsvd_compile.pipeline import rewrite
+from flashsvd_compile.planner.budget import BudgetError
 from flashsvd_compile.tuning import race
 from tests.spelled import (
     FUSED_CUTS,
@@ -435,3 +436,18 @@ def test_what_is_timed_is_what_differs(monkeypatch, tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     (site,) = (s for s in fsc.explain(model, x, options=options).sites if s.kind == "attention")
     assert (site.lowering, site.plan.known_from) == ("rank_space", "measured before")
+
+
+@pytest.mark.parametrize("fused", ["sequential", "per_head_module"])
+def test_a_memory_budget_counts_what_is_left(fused):
+    """What a plan holds within the budget is known before the graph is rewritten."""
+    model, x = Fused(FUSED_CUTS["chunk"], qkv=fused_projection(fused)), hidden_states(2, 700)
+    held = {how: fsc.explain(model, x, options={"attention": how}).peaks[0].transient_bytes
+            for how in ("rank_space", "unfused")}  # fmt: skip
+    assert held["rank_space"] < held["unfused"]
+    told = fsc.explain(model, x, options={"memory_budget": held["rank_space"]})
+    (site,) = (s for s in told.sites if s.kind == "attention")
+    assert (site.lowering, site.plan.blocks) == ("rank_space", None)
+    assert told.peaks[0].transient_bytes == held["rank_space"]
+    with pytest.raises(BudgetError):  # latents that others read are in no block
+        fsc.explain(model, x, options={"memory_budget": held["rank_space"] - 1})
