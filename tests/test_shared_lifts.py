@@ -168,6 +168,13 @@ def _halves_of_the_query(x):
     return heads(torch.cat([first, second], -1) + q), heads(k), heads(v)
 
 
+def _both_at_once(x):
+    """Rows that are read in parts, and together in another shape."""
+    q, k, v = x.chunk(3, -1)
+    both = x[..., : 2 * WIDTH].view(*x.shape[:2], 2, WIDTH)
+    return heads(q + both[:, :, 0]), heads(k + both[:, :, 1]), heads(v)
+
+
 def _last_query(x):
     q, k, v = x[:, -1:, :WIDTH], x[..., WIDTH : 2 * WIDTH], x[..., 2 * WIDTH :]
     return map(heads, (q, k, v))
@@ -188,6 +195,7 @@ OTHER_CUTS = {
     "values_in_the_middle": (
         _values_in_the_middle, 3 * WIDTH, [("linear", (WIDTH, RANK))] * 2),
     "halves_of_the_query": (_halves_of_the_query, 3 * WIDTH, [SIDE_BY_SIDE]),
+    "both_at_once": (_both_at_once, 3 * WIDTH, [SIDE_BY_SIDE]),
     "last_query": (_last_query, 3 * WIDTH, [("linear", (WIDTH, RANK))] * 2),
     "every_third": (_every_third, 3 * WIDTH, [("linear", (WIDTH, RANK))] * 2),
 }  # fmt: skip

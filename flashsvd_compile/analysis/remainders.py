@@ -130,14 +130,14 @@ def _runs(rows: Sequence[_Rows]) -> list[list[_Rows]]:
 
 
 def _remainder(facts: Facts, run: Sequence[_Rows]) -> Remainder | Reason:
-    space, first = facts.space, run[0]
+    first = run[0]
     if len(run) == 1:
         readers = [Reader(node, facts.axes[node]) for node in first.nodes]
         return product_of(facts, first.fact, first.nodes[0], readers)
     assert first.atom is not None
     length = max(rows.stop for rows in run) - first.start
-    kept = space.narrow(first.atom, first.start, length)
-    fact = first.whole.cut(space, Cut(first.atom, first.start, kept))
+    kept = Atom(length)  # not one that a reader of all of the run may have split
+    fact = first.whole.cut(facts.space, Cut(first.atom, first.start, kept))
     readers = [
         Reader(node, facts.axes[node], Cut(kept, rows.start - first.start, rows.kept))
         for rows in run
