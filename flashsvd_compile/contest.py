@@ -69,7 +69,7 @@ class Contest:
         trial = Placement(self.placement.facts, self.placement.values)
         try:
             results = trial.written(plan)
-            for result in results.values():
+            for result in list(results.values())[:1]:
                 self.tiled(plan, result)
             return fragment_of(targets, region | (set(graph.nodes) - before), results)
         finally:

@@ -1,6 +1,6 @@
 """Plans into their graph: what each lowering writes, and where it is read from then on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -8,6 +8,7 @@ from torch import fx
 from flashsvd_compile.analysis.calls import pin_floats, value
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.known_sizes import KnownSizes
+from flashsvd_compile.analysis.shared_lift_records import SharedLift
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
     ChainSite,
@@ -23,6 +24,7 @@ from flashsvd_compile.lowering.feed_forward import (
     lower_streamed,
     lower_streamed_whole,
 )
+from flashsvd_compile.lowering.shared_lifts import lower_remainder
 from flashsvd_compile.lowering.siblings import lower_siblings
 from flashsvd_compile.planner.plan import Plan
 
@@ -41,7 +43,8 @@ class Placement:
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def written(self, plan: Plan) -> dict[fx.Node, fx.Node]:
-        """Write the plan's lowering; returns what is to be read in place of which node.
+        """Write the plan's lowering; returns what is to be read in place of which node, the result
+        of the site first.
 
         The graph computes what it did: nothing reads the new nodes yet. Empty where it stays.
         """
@@ -53,8 +56,25 @@ class Placement:
             results = lower_siblings(site, plan.tile, self.sizes)
             nodes = [member.node for member in site.members]
             return dict(zip(nodes, results, strict=True))
-        builder = Builder(plan.node, self.facts.space, self.instead, self.sizes)
-        return {plan.node: self._result(plan, builder)}
+        results = {plan.node: self._result(plan, self._builder(plan.node))}
+        if isinstance(site, AttentionSite):
+            for lift in site.shared:
+                results |= self._remainders(lift)
+        return results
+
+    def _builder(self, anchor: fx.Node) -> Builder:
+        return Builder(anchor, self.facts.space, self.instead, self.sizes)
+
+    def _remainders(self, lift: SharedLift) -> dict[fx.Node, fx.Node]:
+        """What stands for those who read other rows of ``lift`` than attention did."""
+        results: dict[fx.Node, fx.Node] = {}
+        for remainder in lift.remainders:
+            # Another site that shares the lift may have replaced some.
+            readers = tuple(r for r in remainder.readers if r.node not in self.instead)
+            if readers:
+                builder = self._builder(min(reader.node for reader in readers))
+                results |= lower_remainder(replace(remainder, readers=readers), builder)
+        return results
 
     def put(self, plan: Plan) -> dict[fx.Node, Any]:
         """Write the plan's lowering and have it read; returns its results with the old values."""

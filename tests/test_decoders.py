@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers.pytorch_utils import Conv1D
 
-from flashsvd_compile import explain
-from flashsvd_compile.compress.modules import LowRankLinear
+from flashsvd_compile import compress_, explain
+from flashsvd_compile.compress.modules import FusedPerHeadLowRankLinear, LowRankLinear
 from tests.spelled import OPTIONS, no_pass_may_fail
 
 RANK, NEW_TOKENS, VOCABULARY = 12, 32, 61
@@ -101,14 +101,14 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", _GATED, TAKEN),
     "qwen3": ("Qwen3ForCausalLM", {**_GATED, "head_dim": 16}, TAKEN),
     "gemma2": ("Gemma2ForCausalLM", _GEMMA2, "aten.tanh"),
-    "phi3": ("Phi3ForCausalLM", _GATED, "wide_has_other_user"),
+    "phi3": ("Phi3ForCausalLM", _GATED, TAKEN),
     "gpt2": ("GPT2LMHeadModel", _GPT2, TAKEN),
     "gpt_neox": (
         "GPTNeoXForCausalLM",
         {**_SIZES, "intermediate_size": 96, "rotary_pct": 0.5},
-        "wide_has_other_user",
+        TAKEN,
     ),
-    "falcon": ("FalconForCausalLM", {**_SIZES, "parallel_attn": True}, "aten.index"),
+    "falcon": ("FalconForCausalLM", {**_SIZES, "parallel_attn": True}, TAKEN),
     "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 48}, TAKEN),
     "gpt_oss": ("GptOssForCausalLM", _GPT_OSS, "aten.cat"),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _DEEPSEEK, "mutated"),
@@ -184,6 +184,29 @@ def test_every_attention_is_taken_or_told_why_not(family):
     else:
         assert [site.lowering for site in found] == [None] * attentions
         assert all(expected in str(site.reason) for site in found)
+
+
+@pytest.mark.usefixtures("fresh_inference")
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_fused_projections_compressed_by_head_are_taken(family, monkeypatch):
+    name, config, _ = FAMILIES[family]
+    heads = {"num_key_value_heads": config["num_attention_heads"]} if family == "phi3" else {}
+    monkeypatch.setitem(FAMILIES, family, (name, {**config, **heads}, TAKEN))
+    model = dense(family)
+    compress_(model, keep=0.4)
+    assert any(isinstance(module, FusedPerHeadLowRankLinear) for module in model.modules())
+    sites = explain(model, **prompts(), use_cache=False, options=OPTIONS).sites
+    (site,) = (site for site in sites if site.kind == "attention")
+    assert site.lowering == TAKEN, site.reason
+    call = {**prompts(), "use_cache": False}
+    torch._dynamo.reset()
+    with no_pass_may_fail():
+        got = torch.compile(model, backend="flashsvd", options=OPTIONS)(**call).logits
+    want, truth = model(**call).logits, model.double()(**call).logits
+    seen = call["attention_mask"].bool()
+    eps = torch.finfo(torch.float32).eps
+    budget = 1.1 * (want - truth)[seen].abs().max() + 64 * eps * truth[seen].abs().max()
+    assert (got - truth)[seen].abs().max() <= budget
 
 
 @pytest.mark.usefixtures("fresh_inference")

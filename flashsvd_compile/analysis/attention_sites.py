@@ -18,6 +18,7 @@ from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.layout import is_layout
 from flashsvd_compile.analysis.low_rank import is_low_rank, lost_in_earnest
 from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
+from flashsvd_compile.analysis.shared_lifts import share_lifts, shared_lift
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite
 from flashsvd_compile.reason import Code, Reason, reason_at
 
@@ -56,8 +57,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     regions = [lift_region(facts, operand.node) for operand in operands]
     allowed = core.union(*(r for r in regions if r))
     whys = [
-        _why_dense(facts, operand, region, allowed)
-        for operand, region in zip(operands, regions, strict=True)
+        _why_dense(facts, name, operand, region, allowed)
+        for name, operand, region in zip("qkv", operands, regions, strict=True)
     ]
     if all(whys):
         return next((w for w in whys if w and w.code is not Code.NO_LOW_RANK_OPERAND), None)
@@ -91,9 +92,11 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         if isinstance(arm, Reason):
             return arm
         arms.append(arm)
+    nodes = [operand.node for operand in operands]
+    arms, lifts = share_lifts(facts, arms, nodes, core, allowed)
     if all(arm.factor is None for arm in arms):
         return arms[0].why_dense
-    region = core.union(*(arm.region for arm in arms))
+    region = core.union(*(arm.region for arm in arms), *(lift.region for lift in lifts))
     return AttentionSite(
         found.node,
         common_path([found.node, *(n for arm in arms for n in arm.region)]),
@@ -110,6 +113,7 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         scale=found.scale,
         is_causal=found.is_causal,
         masks=found.masks,
+        shared=lifts,
     )
 
 
@@ -163,7 +167,11 @@ def _factor_atoms(facts: Facts, fact: Factored) -> set[Atom]:
 
 
 def _why_dense(
-    facts: Facts, operand: Operand, region: frozenset[fx.Node], allowed: frozenset[fx.Node]
+    facts: Facts,
+    name: str,
+    operand: Operand,
+    region: frozenset[fx.Node],
+    allowed: frozenset[fx.Node],
 ) -> Reason | None:
     """Why an operand cannot be read from its latent; None if it can."""
     node = operand.node
@@ -172,7 +180,10 @@ def _why_dense(
         return lost
     if fact is None or not is_low_rank(facts, fact):
         return reason_at(node, Code.NO_LOW_RANK_OPERAND, "a dense tensor", "latent × factor")
-    return other_user(region, allowed)
+    if other_user(region, allowed) is None:
+        return None
+    left = shared_lift(facts, {name: node}, allowed)
+    return left if isinstance(left, Reason) else None
 
 
 def _arm(

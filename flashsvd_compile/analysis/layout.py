@@ -1,12 +1,13 @@
 """What layout operators do to axes: which atoms each output dimension holds, and what was cut.
 
-Four kinds cover every spelling of moving heads and cutting fused projections:
+Six kinds cover every spelling of moving heads and cutting fused projections:
 
     regroup    view, reshape, flatten, squeeze, contiguous, casts: row-major order is kept
     permute    transpose, permute, movedim, t, mT: dimensions change places
     cut        slice, select, narrow, split, chunk, unbind: part of one dimension is kept
     expand     a dimension of size 1 is repeated
     repeat     a dimension is repeated as a whole, or element by element (repeat_interleave)
+    pick       indexing by constants: a cut, repeated in either way
 """
 
 import sys
@@ -31,6 +32,7 @@ from flashsvd_compile.analysis.axes import (
     volume,
 )
 from flashsvd_compile.analysis.calls import arguments, aten, overload, packet, value
+from flashsvd_compile.analysis.picks import Pick, read_pick
 
 _REGROUPS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
@@ -76,7 +78,7 @@ def is_layout(node: fx.Node) -> bool:
     if packet(node) is aten.repeat_interleave and not _is_even_interleave(node):
         return False
     kinds = (_REGROUPS, _CASTS, _PERMUTES, _CUTS, _EXPANDS, _REPEATS)
-    return any(packet(node) in kind for kind in kinds)
+    return any(packet(node) in kind for kind in kinds) or read_pick(node) is not None
 
 
 def keeps_order(node: fx.Node) -> bool:
@@ -104,6 +106,8 @@ def apply_layout(space: AxisSpace, node: fx.Node, dims: Dims) -> list[Moved] | N
     if packet(node) in _REPEATS:
         inside = packet(node) is aten.repeat_interleave
         return _repeat(dims, shape_of(value(arguments(node)["self"])), shape_of(tensors[0]), inside)
+    if (pick := read_pick(node)) is not None:
+        return _pick(space, pick, dims, shape_of(value(arguments(node)["self"])))
     return _cut(space, node, dims, [shape_of(tensor) for tensor in tensors])
 
 
@@ -147,6 +151,19 @@ def _repeat(
         copies: Dim = () if count == 1 else (Atom(count, broadcast=True),)
         repeated.append((*dim, *copies) if inside else (*copies, *dim))
     return [Moved(tuple(repeated))]
+
+
+def _pick(space: AxisSpace, pick: Pick, dims: Dims, before: Sequence[Size]) -> list[Moved] | None:
+    axis, length = pick.axis, sympy.Integer(pick.length)
+    part = _keep(space, dims[axis], before[axis], pick.start, length)
+    if part is None:
+        return None
+    kept, cut = part
+    outer, inner = (
+        (Atom(sympy.Integer(copies), broadcast=True),) if copies > 1 else ()
+        for copies in (pick.outer, pick.inner)
+    )
+    return [Moved((*dims[:axis], (*outer, *kept, *inner), *dims[axis + 1 :]), cut)]
 
 
 def _cut(

@@ -87,10 +87,13 @@ def outer_factors(
 def attention_entries(facts: Facts, site: AttentionSite) -> dict[str, Entry]:
     """By arm the products that make the latents which ``site`` alone reads, each one of its own."""
     entries: dict[str, Entry] = {}
+    # What stays of a lift that others read takes its latents from the graph.
+    shared = {name for lift in site.shared for name in lift.arms}
     latents = [arm.latent.node for arm in site.arms.values()]
     for name, arm in site.arms.items():
         if (
             arm.factor is None
+            or name in shared
             or latents.count(arm.latent.node) > 1
             or any(atom.broadcast for atom in (*arm.batch, *arm.rows))
         ):

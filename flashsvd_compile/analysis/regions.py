@@ -25,7 +25,7 @@ def between(facts: Facts, ends: Iterable[fx.Node], stop: set[fx.Node]) -> frozen
         found.add(node)
         for above in node.all_input_nodes:
             computed = above.op == "call_function" and above not in facts.weights
-            if computed and above not in stop and _holds_tensors(above):
+            if computed and above not in stop and holds_tensors(above):
                 pending.append(above)
     return frozenset(found)
 
@@ -42,14 +42,14 @@ def other_user(inside: Iterable[fx.Node], allowed: frozenset[fx.Node]) -> Reason
     """A reason if a node of ``inside`` is read by anyone but ``allowed``."""
     for node in inside:
         for user in node.users:
-            reads = user.op == "output" or _holds_tensors(user)
+            reads = user.op == "output" or holds_tensors(user)
             if reads and user not in allowed:
                 observed = f"{node.name} is also read by {user.name}"
                 return reason_at(node, Code.WIDE_HAS_OTHER_USER, observed, "no reader outside")
     return None
 
 
-def _holds_tensors(node: fx.Node) -> bool:
+def holds_tensors(node: fx.Node) -> bool:
     return is_tensor(node) or isinstance(value(node), (list, tuple))
 
 

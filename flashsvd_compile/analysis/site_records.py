@@ -20,6 +20,7 @@ from flashsvd_compile.analysis.attention_facts import ScoreMask
 from flashsvd_compile.analysis.axes import Dim, Dims, Size, volume
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Bias, Factored, Labelled
+from flashsvd_compile.analysis.shared_lift_records import SharedLift
 from flashsvd_compile.reason import Reason
 
 
@@ -89,7 +90,10 @@ class Site:
 @dataclass(frozen=True)
 class AttentionSite(Site):
     """softmax(scale · q kᵀ + masks) v, with ``batch``, ``heads``, ``rows``, ``keys``, ``width``
-    the output's and the masks' atoms."""
+    the output's and the masks' atoms.
+
+    ``shared``: the lifts of arms that others read, too.
+    """
 
     kind: ClassVar[str] = "attention"
 
@@ -105,6 +109,7 @@ class AttentionSite(Site):
     scale: float
     is_causal: bool
     masks: tuple[ScoreMask, ...]
+    shared: tuple[SharedLift, ...] = ()
 
     @property
     def num_heads(self) -> int:

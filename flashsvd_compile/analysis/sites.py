@@ -12,6 +12,7 @@ from flashsvd_compile.analysis.low_rank import is_low_rank, lifts_of_latents
 from flashsvd_compile.analysis.outer_factors import chain_ends
 from flashsvd_compile.analysis.regions import check_rectangular
 from flashsvd_compile.analysis.site_records import (
+    AttentionSite,
     ChainEnds,
     ChainSite,
     FeedForwardSite,
@@ -43,7 +44,9 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
             sites.append(found)
     taken = frozenset().union(*(site.region for site in sites))
     sites = [_apart(site, taken) for site in sites]
-    for chain in _chains(facts, taken):
+    # What attention may leave to others is a chain if it does not.
+    shared = {s.lift for site in sites if isinstance(site, AttentionSite) for s in site.shared}
+    for chain in _chains(facts, taken - shared):
         ragged = check_rectangular(chain.node)
         if ragged is None:
             sites.append(chain)

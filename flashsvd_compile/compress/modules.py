@@ -161,9 +161,11 @@ class FusedPerHeadLowRankLinear(_LowRank):
         self.head_dim = head_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (self.num_parts, self.num_heads, self.rank)
+        # One axis for all heads of all parts: whoever cuts the output may group them otherwise.
+        shape = (self.num_parts * self.num_heads, self.rank)
         latents = F.linear(x, self.u.flatten(0, 2)).unflatten(-1, shape)
-        return self._biased(torch.einsum("...phr,phdr->...phd", latents, self.v).flatten(-3))
+        lifted = torch.einsum("...hr,hdr->...hd", latents, self.v.flatten(0, 1))
+        return self._biased(lifted.flatten(-2))
 
     def extra_repr(self) -> str:
         return (

@@ -23,11 +23,7 @@ def plan_attention(
 ) -> Plan:
     """Each operand may be absorbed or lifted before: every combination competes with SDPA."""
     unfused = _all_dense(site)
-    lifts = {
-        name: cost.lift_cost(arm, site, device, hints)
-        for name, arm in site.arms.items()
-        if arm.factor is not None
-    }
+    lifts = _lifts(site, device, hints)
     base = cost.attention_cost(unfused, device, hints)
     unfused_seconds = base.seconds + sum(lifts.values())
     stays = Plan(
@@ -51,26 +47,42 @@ def plan_attention(
     return replace(stays, reason=why, rivals=rivals)
 
 
+def _lifts(
+    site: AttentionSite, device: Device, hints: Mapping[Size, int]
+) -> dict[frozenset[str], float]:
+    """Seconds that lifts before the site take, by the arms that they make.
+
+    Those of a lift that others read are what it takes longer than what stays of it without them.
+    """
+    found = {s.arms: cost.shared_lift_cost(s, site, device, hints) for s in site.shared}
+    for name, arm in site.arms.items():
+        if arm.factor is not None and not any(name in names for names in found):
+            found[frozenset({name})] = cost.lift_cost(arm, site, device, hints)
+    return found
+
+
 def _in_rank_space(
     site: AttentionSite,
     device: Device,
     options: Options,
     hints: Mapping[Size, int],
-    lifts: Mapping[str, float],
+    lifts: Mapping[frozenset[str], float],
 ) -> tuple[Plan | None, float, Reason | None]:
     """The fastest choice of arms that stay latents and its seconds, or why there is none.
 
-    ``lifts``: seconds to lift each arm before the site.
+    ``lifts``: seconds to lift arms before the site; those of one lift stay latents together.
     """
     best, best_seconds, why_not = None, math.inf, None
-    for names in _subsets(list(lifts)):
+    for names in _subsets(sorted(name for arms in lifts for name in arms)):
+        if any(0 < len(arms & set(names)) < len(arms) for arms in lifts):
+            continue
         candidate = _dense_but(site, names)
         tiling = _attention_tiling(candidate, device, options)
         if isinstance(tiling, Reason):
             why_not = tiling
             continue
         found = cost.attention_cost(candidate, device, hints)
-        seconds = found.seconds + sum(s for name, s in lifts.items() if name not in names)
+        seconds = found.seconds + sum(s for arms, s in lifts.items() if not arms <= set(names))
         seconds += device.efficiency.operator_s
         if seconds < best_seconds:
             best_seconds = seconds
@@ -91,7 +103,8 @@ def _dense_but(site: AttentionSite, names: tuple[str, ...]) -> AttentionSite:
         name: arm if name in names or arm.factor is None else arm.as_dense(why)
         for name, arm in site.arms.items()
     }
-    return replace(site, query=arms["q"], key=arms["k"], value=arms["v"])
+    shared = tuple(lift for lift in site.shared if lift.arms <= set(names))
+    return replace(site, query=arms["q"], key=arms["k"], value=arms["v"], shared=shared)
 
 
 def _all_dense(site: AttentionSite) -> AttentionSite:

@@ -16,6 +16,7 @@ from torch import fx
 from flashsvd_compile.analysis.axes import Size, shape_of
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.facts import Facts
+from flashsvd_compile.analysis.site_records import AttentionSite
 from flashsvd_compile.memory.liveness import MemoryProfile, Moment, walk
 from flashsvd_compile.memory.peak import mib, peak_of
 from flashsvd_compile.memory.view import GraphView, Lowered
@@ -23,7 +24,7 @@ from flashsvd_compile.options import Options
 from flashsvd_compile.planner import cost
 from flashsvd_compile.planner.alternatives import Alternative, alternatives
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.held import lowered_by
+from flashsvd_compile.planner.held import lowered_by, remainders_by
 from flashsvd_compile.planner.plan import Plan
 from flashsvd_compile.planner.sites import drop_taken
 
@@ -104,11 +105,11 @@ def profile_of(
     view_of: ViewOf, plans: Sequence[Plan], device_of: Callable[..., Device]
 ) -> MemoryProfile:
     """What a graph will hold with ``plans`` in the places of their sites."""
-    lowered = {
-        plan.node: lowered_by(plan, device_of(plan.site.device))
-        for plan in plans
-        if plan.lowering != "unfused"
-    }
+    lowered: dict[fx.Node, Lowered] = {}
+    for plan in plans:
+        if plan.lowering != "unfused":
+            lowered[plan.node] = lowered_by(plan, device_of(plan.site.device))
+            lowered |= remainders_by(plan)
     return walk(view_of(lowered))
 
 
@@ -152,7 +153,12 @@ class _Search:
         return min(tried, key=lambda one: one[0])[1] if tried else None
 
     def _works(self, index: int, moment: Moment | None) -> bool:
-        return moment is not None and moment.node in self._nodes[index]
+        """Is the site at work, or is all of a lift held for those who read it beside the site?"""
+        if moment is None or moment.node in self._nodes[index]:
+            return moment is not None
+        site = self.ways[index][0].plan.site
+        is_shared = isinstance(site, AttentionSite) and bool(site.shared)
+        return is_shared and not site.region.isdisjoint(moment.held)
 
     @cached_property
     def _nodes(self) -> list[frozenset[fx.Node]]:

@@ -5,16 +5,17 @@ what they do: how wide the attention runs, what is lifted where, and what reache
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
 from flashsvd_compile.analysis.axes import Size, volume
 from flashsvd_compile.analysis.calls import stored
+from flashsvd_compile.analysis.shared_lift_records import ProductShape, SharedLift
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite, FeedForwardSite
 from flashsvd_compile.planner.device import Device
-from flashsvd_compile.planner.roofline import macs_per_s
+from flashsvd_compile.planner.roofline import GEMM_TILE, macs_per_s
 
 # The size that an unbounded symbol is judged at when no example size is known.
 UNKNOWN_SIZE = 4096
@@ -60,6 +61,26 @@ def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size
     """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
     count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
     return at(count * arm.rank_size, hints) / _macs_per_s(site, device) + device.launch_s
+
+
+def shared_lift_cost(
+    lift: SharedLift, site: AttentionSite, device: Device, hints: Mapping[Size, int]
+) -> float:
+    """Seconds that the whole lift takes longer than what stays of it; below 0 where that is
+    slower, in many products or in narrow ones."""
+    left = sum(_product_cost(r.shape, site, device, hints) for r in lift.remainders)
+    return _product_cost(lift.whole, site, device, hints) - left
+
+
+def _product_cost(
+    shape: ProductShape, site: AttentionSite, device: Device, hints: Mapping[Size, int]
+) -> float:
+    """As `lift_cost`. A GPU's library makes columns a tile at a time, of each group on its own."""
+    columns = shape.columns
+    if device.type == "cuda":
+        columns = -(-columns // GEMM_TILE) * GEMM_TILE
+    macs = replace(shape, columns=columns).macs
+    return at(macs, hints) / _macs_per_s(site, device) + device.launch_s
 
 
 def feed_forward_bytes(site: FeedForwardSite) -> Size:

@@ -45,7 +45,8 @@ class Flops:
 def flops_of(plan: Plan, found: Site, besides: Iterable[fx.Node] = ()) -> Flops:
     """Of one site; ``found``: the site before the plan chose which of its arms to lift.
 
-    ``besides``: nodes whose work has been counted; siblings leave those of theirs out.
+    ``besides``: nodes whose work has been counted; siblings leave those of theirs out, and a lift
+    that attention shares with others counts there.
     """
     site = plan.site
     if isinstance(site, AttentionSite):
@@ -61,7 +62,7 @@ def flops_of(plan: Plan, found: Site, besides: Iterable[fx.Node] = ()) -> Flops:
         if plan.lowering == "streamed_whole":
             macs += _outer(site)
     elif isinstance(site, ChainSite):
-        macs = _chain(site)
+        macs = _chain(site, is_lift_counted=plan.node in set(besides))
     else:
         assert isinstance(site, SiblingsSite)
         counted = frozenset(besides)
@@ -74,7 +75,8 @@ def flops_of_all(plans: Iterable[tuple[Plan, Site]]) -> Flops:
     """Of all sites of one graph, as planned and as found; no product counts twice."""
     total = Flops(sympy.S.Zero, sympy.S.Zero)
     counted: set[fx.Node] = set()
-    for plan, found in plans:
+    # A lift that attention shares with others may be a chain, too: it counts with attention.
+    for plan, found in sorted(plans, key=lambda pair: pair[1].kind != "attention"):
         flops = flops_of(plan, found, besides=counted)
         total = Flops(total.planned + flops.planned, total.unfused + flops.unfused)
         counted |= plan.region
@@ -83,8 +85,7 @@ def flops_of_all(plans: Iterable[tuple[Plan, Site]]) -> Flops:
 
 def _unfused_attention(site: AttentionSite) -> Size:
     widths = site.key.width_size + site.value.width_size
-    lifts = (_lift(arm) for arm in site.arms.values() if arm.factor is not None)
-    return _pairs(site) * widths + sympy.Add(*lifts)
+    return _pairs(site) * widths + sympy.Add(*_lifts(site).values())
 
 
 def _rank_space_attention(site: AttentionSite, found: AttentionSite) -> Size:
@@ -94,10 +95,19 @@ def _rank_space_attention(site: AttentionSite, found: AttentionSite) -> Size:
     for arm in (query, key, val):
         if arm.factor is not None:
             macs += results * arm.width_size * arm.rank_size
-    for name, arm in found.arms.items():
-        if arm.factor is not None and site.arms[name].factor is None:
-            macs += _lift(arm)
-    return macs
+    absorbed = {name for name, arm in site.arms.items() if arm.factor is not None}
+    before = (lift for names, lift in _lifts(found).items() if not names & absorbed)
+    return macs + sympy.Add(*before, *(r.shape.macs for s in site.shared for r in s.remainders))
+
+
+def _lifts(site: AttentionSite) -> dict[frozenset[str], Size]:
+    """What it takes to lift arms, by the arms that one lift makes; all of it where others read it,
+    too."""
+    found = {shared.arms: shared.whole.macs for shared in site.shared}
+    for name, arm in site.arms.items():
+        if arm.factor is not None and not any(name in names for names in found):
+            found[frozenset({name})] = _lift(arm)
+    return found
 
 
 def _pairs(site: AttentionSite) -> Size:
@@ -135,8 +145,9 @@ def _entry(entry: Entry) -> Size:
     return volume(entry.rows) * volume(entry.hidden) * volume(entry.rank)
 
 
-def _chain(site: ChainSite) -> Size:
+def _chain(site: ChainSite, is_lift_counted: bool) -> Size:
     """The first product belongs to a chain where nobody else reads the latent."""
     rows = sympy.Mul(*shape_of(value(site.node))) / site.out_width
-    widths = site.out_width + (site.in_width if isinstance(site.ends, ChainEnds) else 0)
+    widths = 0 if is_lift_counted else site.out_width
+    widths += site.in_width if isinstance(site.ends, ChainEnds) else 0
     return rows * site.rank * widths

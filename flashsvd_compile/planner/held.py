@@ -35,6 +35,18 @@ def lowered_by(plan: Plan, device: Device, operator: fx.Node | None = None) -> L
     return Lowered(tuple(operator.all_input_nodes), _scratch(plan, on_gpu, of_mask), is_early)
 
 
+def remainders_by(plan: Plan) -> dict[fx.Node, Lowered]:
+    """Those who read other rows of a lift than attention, as products of their own; a product that
+    some share is counted in parts."""
+    shared = plan.site.shared if isinstance(plan.site, AttentionSite) else ()
+    return {
+        reader.node: Lowered(remainder.fact.latent.nodes)
+        for lift in shared
+        for remainder in lift.remainders
+        for reader in remainder.readers
+    }
+
+
 class _MaskScratch(NamedTuple):
     """Bytes while attention runs on library operators, and behind its lift, when it is asked which
     rows see no key."""

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashsvd_compile.analysis.axes import AxisSpace, quotient, same
 from flashsvd_compile.analysis.sweep import sweep
+from flashsvd_compile.normalize import _spell_constants
 
 aten = torch.ops.aten
 
@@ -31,14 +32,16 @@ def _lifted(chain):
         torch.arange(24 * 3).reshape(24, 3).double() % 11,
         torch.arange(24).double(),
     ]
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # indices are real, as in a model
     fakes = [mode.from_tensor(tensor) for tensor in inputs]
 
     def run(latent, factor, bias):
         return chain(torch.nn.functional.linear(latent, factor, bias))
 
     with mode:
-        return make_fx(run, pre_dispatch=True)(*fakes), inputs
+        module = make_fx(run, pre_dispatch=True)(*fakes)
+    _spell_constants(module)
+    return module, inputs
 
 
 def _claims(module):
@@ -106,7 +109,8 @@ def steps(draw, shape):
     dim = draw(st.integers(0, rank - 1))
     size = shape[dim]
     kinds = ["view", "permute", "flatten", "unsqueeze", "slice", "select", "chunk", "step",
-             "expand", "repeat_interleave", "repeat", "squeeze", "cast", "scale"]  # fmt: skip
+             "expand", "repeat_interleave", "repeat", "squeeze", "cast", "scale",
+             "index", "index_anything"]  # fmt: skip
     kind = draw(st.sampled_from(kinds))
     if kind == "view":
         outer = draw(st.sampled_from(_divisors(size)))
@@ -132,6 +136,16 @@ def steps(draw, shape):
         step = draw(st.sampled_from(_divisors(size)))
         start = draw(st.integers(0, step - 1))
         return lambda x: x.transpose(0, dim)[start::step].transpose(0, dim)
+    if kind == "index":
+        start = draw(st.integers(-size, size - 1))
+        stop = draw(st.integers(start + 1, size if start >= 0 else 0))
+        inner, outer = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+        picked = torch.arange(start, stop).repeat_interleave(inner).repeat(outer)
+        return lambda x: x[(*[slice(None)] * dim, picked)]
+    if kind == "index_anything":
+        numbers = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=6))
+        picked = torch.tensor(numbers)
+        return lambda x: x.index_select(dim, picked)
     if kind == "expand":
         return lambda x: x.unsqueeze(dim).expand(*shape[:dim], 2, *shape[dim:])
     return {
@@ -171,6 +185,9 @@ def test_random_layouts(chain):
 
 # ---- what must be found -------------------------------------------------------------------------
 
+LAST, MIDDLE, GROUPS, TWICE = map(
+    torch.tensor, ([-1], [-3, -2], [0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 0, 1, 2, 3])
+)
 KEPT = {
     "heads": lambda x: x.view(2, 6, 4, 6).transpose(1, 2),
     "heads_flat_and_back": lambda x: (
@@ -186,6 +203,11 @@ KEPT = {
     ),
     "repeat_interleave": lambda x: x.view(2, 6, 4, 6).repeat_interleave(3, 2),
     "one_row": lambda x: x[:, 3].view(2, 4, 6),
+    "one_row_by_index": lambda x: x[:, LAST],
+    "one_head_by_index": lambda x: x.view(2, 6, 4, 6)[:, :, LAST],
+    "heads_by_index": lambda x: x.view(2, 6, 4, 6)[:, :, MIDDLE],
+    "groups_of_heads_by_index": lambda x: x.view(2, 6, 4, 6).index_select(2, GROUPS),
+    "heads_twice_by_index": lambda x: x.view(2, 6, 4, 6)[:, :, TWICE],
     "one_of_the_batch": lambda x: x[1],
     "split_differently_twice": lambda x: x.view(2, 6, 4, 6).reshape(2, 6, 2, 12).reshape(2, 6, 24),
 }
@@ -202,6 +224,38 @@ def test_dimensions_that_do_not_divide_lose_the_fact():
     last = module.graph.find_nodes(op="output")[0].args[0]
     assert last not in facts.factored
     assert "do not divide" in facts.lost[last].reason.observed
+
+
+NO_PICKS = {
+    "backwards": lambda x: x.index_select(2, torch.tensor([1, 0])),
+    "every_other": lambda x: x.index_select(2, torch.tensor([0, 2, 4])),
+    "unequal_groups": lambda x: x.index_select(2, torch.tensor([0, 0, 1])),
+    "both_ends": lambda x: x[..., torch.tensor([-1, 0])],
+    "elements_of_a_matrix": lambda x: x[:, torch.tensor([0, 1]), torch.tensor([0, 1])],
+    "by_a_computed_index": lambda x: x.index_select(2, x[0, 0, :2].long()),
+}
+
+
+@pytest.mark.parametrize("name", NO_PICKS)
+def test_indexing_that_is_no_cut(name):
+    module, _ = _lifted(NO_PICKS[name])
+    facts = sweep(module.graph)
+    last = module.graph.find_nodes(op="output")[0].args[0]
+    assert last not in facts.factored
+    assert "aten.index" in facts.lost[last].reason.observed
+
+
+def test_an_index_that_is_written_to_is_no_cut():
+    def chain(x):
+        index = torch.tensor([0, 1])
+        written = index.add_(1)
+        return x.index_select(2, written)
+
+    module, _ = _lifted(chain)
+    (made,) = module.graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default)
+    (node,) = module.graph.find_nodes(op="call_function", target=aten.index_select.default)
+    node.update_arg(2, made)  # the same memory, by its first name
+    assert node not in sweep(module.graph).factored
 
 
 # ---- the space itself ---------------------------------------------------------------------------

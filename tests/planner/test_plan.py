@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.chain_tiles import ChainTile
 
+from flashsvd_compile.analysis.shared_lift_records import ProductShape
 from flashsvd_compile.analysis.sites import find_sites
 from flashsvd_compile.analysis.sweep import sweep
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options
-from flashsvd_compile.planner.cost import size_hints
+from flashsvd_compile.planner.cost import lift_cost, shared_lift_cost, size_hints
 from flashsvd_compile.planner.device import device_for
 from flashsvd_compile.planner.named_devices import device_named
 from flashsvd_compile.planner.sites import drop_taken, plan_site
@@ -94,6 +95,42 @@ def test_attention_at_a_small_rank_runs_in_rank_space_and_holds_nothing_wide(ran
     assert plan.unfused_bytes == 3 * 32 * 12 * 512 * 64 * 2
     assert plan.reason.code is Code.PLANNED
     assert 0 < plan.sram_bytes <= HOPPER.sram_bytes
+
+
+def attention_of_one_lift(p, factor):
+    """q, k and v of each of 16 heads side by side; what is done to q and k keeps no latent."""
+    q, k, v = (p @ factor).unflatten(-1, (16, -1)).transpose(1, 2).chunk(3, -1)
+    return F.scaled_dot_product_attention(q.cos(), k.cos(), v)
+
+
+def plan_of_one_lift(head_dim, rank, length=2048, device=HOPPER):
+    shapes = (8, length, rank), (rank, 16 * 3 * head_dim)
+    inputs = [torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    sites, hints = sites_of(attention_of_one_lift, *inputs)
+    (site,) = [s for s in sites if s.kind == "attention"]
+    (shared,) = site.shared
+    spared = shared_lift_cost(shared, site, device, hints)
+    return plan_site(site, device, Options.parse(None), hints), shared, spared
+
+
+def test_of_a_lift_that_others_read_only_a_part_is_spared():
+    plan, shared, spared = plan_of_one_lift(head_dim=128, rank=64)
+    assert (plan.lowering, plan.reason.code) == ("rank_space", Code.PLANNED)
+    (left,) = shared.remainders
+    tokens = 8 * 2048
+    assert shared.whole == ProductShape(1, tokens, 16 * 3 * 128, 64)
+    assert left.shape == ProductShape(16, tokens, 2 * 128, 64)
+    assert 0 < spared < lift_cost(plan.site.value, plan.site, HOPPER, {})
+
+
+def test_heads_that_a_gpu_pads_are_lifted_with_all_others():
+    """Of 24 wide heads q and k are 48 columns, which run as 128: more than 3 · 24 of all heads."""
+    plan, _, spared = plan_of_one_lift(head_dim=24, rank=64, length=64)
+    (rival,) = plan.rivals
+    assert (plan.lowering, rival.lowering) == ("unfused", "rank_space")
+    assert spared < 0
+    assert rival.seconds + spared < plan.seconds  # what is left has decided
+    assert plan_of_one_lift(head_dim=24, rank=64, length=64, device=CPU)[2] > 0
 
 
 def shared_latent_attention(x, vq, vk, vv):
