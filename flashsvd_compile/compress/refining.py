@@ -1,10 +1,11 @@
-"""Blocks trained one after another, so that the model's results are those of the dense model.
+"""Blocks trained one after another until the model's results are those of the dense model.
 
 The closed form (``anchored.py``) sees a loss through moments of single tokens. What errors do
 together, over the tokens of a sentence and through what is not linear, only the model itself tells.
-So of one block at a time the factors and their biases take steps (``descent.py``) with the blocks
-behind it in place, and are kept as far as batches that the closed form never saw are for it. No
-labels; norms, embeddings and all else that was not factored stay as they are.
+So of one block at a time, the last first, the factors and their biases take steps (``descent.py``)
+with all that was compressed in place, as far as batches that the closed form never saw are for it.
+The last block costs the least and gains the most. No labels; norms, embeddings and all else that
+was not factored stay as they are.
 """
 
 import logging
@@ -60,25 +61,32 @@ def refined(
     judging = list(range(len(trains), len(batches)))
     with torch.no_grad():
         wanted = [results(called(model, batch), batch) for batch in batches]
-    hidden = list(blocks.hidden)
-    for index, path in enumerate(blocks.paths):
+    for index, path in reversed([*enumerate(blocks.paths)]):
         made = [module for p, module in anchored.made.items() if p.startswith(f"{path}.")]
         parameters = _own(model, made)
-        with ExitStack() as stack:
-            for behind in range(index, len(blocks.paths)):
-                stack.enter_context(anchored.in_place(behind))
-            reading = _Reading(model, blocks, index, batches, results)
+        if parameters:
+            with ExitStack() as stack:
+                for place in range(len(blocks.paths)):
+                    stack.enter_context(anchored.in_place(place))
+                hidden = _read_by(blocks, index)
+                reading = _Reading(model, blocks, index, batches, results)
 
-            def off(batch: int, reading: Any = reading, hidden: Any = hidden) -> Tensor:
-                gap = reading.results(batch, hidden[batch]) - wanted[batch]
-                return gap.float().square().sum() / max(1, len(gap))
+                def off(batch: int, reading: Any = reading, hidden: Any = hidden) -> Tensor:
+                    gap = reading.results(batch, hidden[batch]) - wanted[batch]
+                    return gap.float().square().sum() / max(1, len(gap))
 
-            if parameters:
                 before, after = descend(parameters, off, trains, judging, seed + index)
-                log.info("%s: results are off by %.4g, before by %.4g", path, after, before)
-            with torch.no_grad():
-                hidden = [blocks.run(index, batch, x) for batch, x in enumerate(hidden)]
+            log.info("%s: results are off by %.4g, before by %.4g", path, after, before)
         yield path
+
+
+@torch.no_grad()
+def _read_by(blocks: Blocks, index: int) -> list[Tensor]:
+    """What the block reads, of each batch."""
+    hidden = list(blocks.hidden)
+    for place in range(index):
+        hidden = [blocks.run(place, batch, x) for batch, x in enumerate(hidden)]
+    return hidden
 
 
 def _own(model: nn.Module, made: Sequence[nn.Module]) -> list[nn.Parameter]:
