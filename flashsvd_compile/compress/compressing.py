@@ -73,11 +73,10 @@ def compress_(
             ``"48KiB"``: no rank becomes so large that none of their tiles fits into it.
         seed: of the directions along which outputs are differentiated, and of the order of batches
             in which blocks are refined.
-        refine: after ``"planned"``, train the factors and biases of one block after another so that
-            the tensor of results that ``loss`` gives, or without one the output, stays what the
-            dense model makes of the batch (``refining.py``); no labels. One in five batches only
-            judges: a block is kept as it was before where these do not gain. Takes several times as
-            long.
+        refine: after ``"planned"``, train the factors and biases of one block at a time, the last
+            first, so that the tensor of results that ``loss`` gives, or without one the output,
+            stays what the dense model makes of the batch (``refining.py``); no labels. One in five
+            batches only judges: where these do not gain the block stays, and refining ends.
 
     Layers whose factors would not be smaller, that share their weight, that are more than a plain
     linear, or that calibration did not reach stay dense, with the reason in the report. An error

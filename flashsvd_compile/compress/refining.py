@@ -4,8 +4,8 @@ The closed form (``anchored.py``) sees a loss through moments of single tokens. 
 together, over the tokens of a sentence and through what is not linear, only the model itself tells.
 So of one block at a time, the last first, the factors and their biases take steps (``descent.py``)
 with all that was compressed in place, as far as batches that the closed form never saw are for it.
-The last block costs the least and gains the most. No labels; norms, embeddings and all else that
-was not factored stay as they are.
+The last block costs the least and gains the most; the first that gains nothing is the end of it.
+No labels; norms, embeddings and all else that was not factored stay as they are.
 """
 
 import logging
@@ -49,7 +49,8 @@ def refined(
     loss: Loss | None,
     seed: int,
 ) -> Iterator[str]:
-    """Trains the modules that ``anchored`` made, block by block; yields each block's path.
+    """Trains the modules that ``anchored`` made, block by block; yields each block's path. Ends
+    with a block that gains nothing.
 
     ``blocks``: of ``batches``, of which the last ``judges`` judge. ``model`` is dense and in
     evaluation, its parameters frozen, and so again between steps; an interrupt leaves a block as
@@ -77,6 +78,8 @@ def refined(
 
                 before, after = descend(parameters, off, trains, judging, seed + index)
             log.info("%s: results are off by %.4g, before by %.4g", path, after, before)
+            if not after < before:
+                return
         yield path
 
 
