@@ -147,6 +147,17 @@ def assert_as_good_as_eager(model: Any, compiled: Any, args: tuple[Any, ...]) ->
         assert _error(have, truth) <= budget, f"eager's own error is {_error(want, truth)}"
 
 
+def assert_same_gradients(model: nn.Module, compiled: Any, x: Tensor) -> None:
+    """Of all parameters, for the sum of the squared results."""
+    grads = []
+    for run in (model, compiled):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def in_float64(model: Any, args: tuple[Any, ...]) -> Any:
     args = tuple(_double(a) for a in args)
     if not isinstance(model, nn.Module):

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.spelled import HIDDEN, INTERMEDIATE, RANK, Spelled, check, hidden_states, low_rank
+from tests.spelled import (
+    HIDDEN,
+    INTERMEDIATE,
+    RANK,
+    Spelled,
+    assert_same_gradients,
+    check,
+    hidden_states,
+    low_rank,
+)
 
 ONE_SITE = ["feed_forward row_blocks"]
 SIZES = ((2, 5), (3, 8), (4, 11))
@@ -375,11 +384,6 @@ def test_gradients(gated):
     compiled = torch.compile(
         model, backend="flashsvd", options={"compiler": "aot_eager", "feed_forward": "row_blocks"}
     )
-    x, grads = hidden_states(), []
+    x = hidden_states()
     with torch.enable_grad():
-        for run in (model, compiled):
-            model.zero_grad()
-            run(x).square().sum().backward()
-            grads.append([p.grad for p in model.parameters()])
-    for want, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
+        assert_same_gradients(model, compiled, x)

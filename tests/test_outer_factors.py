@@ -16,6 +16,7 @@ from tests.spelled import (
     RANK,
     Attention,
     Spelled,
+    assert_same_gradients,
     check,
     hidden_states,
     low_rank,
@@ -209,14 +210,9 @@ def test_gradients(gated, options):
     compiled = torch.compile(
         model, backend="flashsvd", options={**options, "compiler": "aot_eager"}
     )
-    x, grads = hidden_states(), []
+    x = hidden_states()
     with torch.enable_grad(), no_pass_may_fail():
-        for run in (model, compiled):
-            model.zero_grad()
-            run(x).square().sum().backward()
-            grads.append([p.grad for p in model.parameters()])
-    for want, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
+        assert_same_gradients(model, compiled, x)
 
 
 def test_the_fastest_is_taken_as_predicted():

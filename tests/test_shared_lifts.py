@@ -26,6 +26,7 @@ from tests.spelled import (
     RANK,
     Spelled,
     assert_as_good_as_eager,
+    assert_same_gradients,
     check,
     fused_projection,
     hidden_states,
@@ -372,13 +373,7 @@ def test_training_keeps_the_whole_lift():
         (site,) = (s for s in fsc.explain(model, x, options=OPTIONS).sites if s.kind == "attention")
         assert (site.lowering, site.reason.code.value) == (None, "gradients")
         compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
-        grads = []
-        for run in (model, compiled):
-            model.zero_grad()
-            run(x).square().sum().backward()
-            grads.append([p.grad for p in model.parameters()])
-    for want, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
+        assert_same_gradients(model, compiled, x)
 
 
 def test_factors_that_are_concatenated(tmp_path):

@@ -10,17 +10,7 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 import flashsvd_compile as fsc
 from flashsvd_compile.compress import descent, refining
 from flashsvd_compile.compress.blocks import find_blocks
-
-
-def spread(model):
-    """Random weights of a size at which attention attends."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 2:
-                p.normal_(std=2 * p.shape[1] ** -0.5)
-            elif name.endswith("bias"):
-                p.normal_(std=0.3)
-    return model.eval()
+from tests.compress.drawn import spread
 
 
 def bert():
