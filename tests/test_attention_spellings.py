@@ -441,6 +441,54 @@ def _transposed(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+CUTS_FROM_THE_END = {
+    "features": lambda m, x: _thirds(m.qkv(x), slice(-112, 24), slice(24, 48), slice(-24, None)),
+    "all features": lambda m, x: _thirds(
+        m.qkv(x), slice(-500, -48), slice(-48, -24), slice(48, 72)
+    ),
+    "all tokens": lambda m, x: m.qkv(x)[:, -512:].chunk(3, -1),
+    "last tokens": lambda m, x: m.qkv(x)[:, -3:].chunk(3, -1),
+    "first tokens": lambda m, x: m.qkv(x)[:, -8:2].chunk(3, -1),
+}
+
+
+def _thirds(y, *slices):
+    return (y[..., cut] for cut in slices)
+
+
+@pytest.mark.parametrize("cut", CUTS_FROM_THE_END.values(), ids=CUTS_FROM_THE_END)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_cuts_that_begin_before_the_first_element_begin_there(cut, dynamic, tmp_path):
+    class FromTheEnd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = low_rank(HIDDEN, 3 * HEADS * HEAD_DIM)
+
+        def forward(self, x):
+            q, k, v = (to_heads(part, "view_transpose", HEADS) for part in cut(self, x))
+            return sdpa(q, k, v)
+
+    calls = [(hidden_states(2, 5),), (hidden_states(4, 7),)][: 1 + dynamic]
+    check(FromTheEnd(), *calls, into=tmp_path, found=ONE_SITE, dynamic=dynamic)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 1, 5, 5), (2, 1, 1, 5, 5), (2, 1, HEADS, 5, 5), (1, 3, HEADS, 5, 5)]
+)
+def test_masks_of_windows_where_factors_tell_heads_apart(shape, tmp_path):
+    def attend(m, x, mask):
+        return sdpa(
+            *(to_heads(p(x).flatten(0, 1), "view_transpose", HEADS).unflatten(0, (2, 3))
+              for p in (m.q, m.k, m.v)), attn_mask=mask,
+        )  # fmt: skip
+
+    model = nn.Module()
+    model.q, model.k, model.v = (projection("sequential") for _ in "qkv")
+    model.forward = lambda x, mask: attend(model, x, mask)
+    inputs = torch.randn(2, 3, 5, HIDDEN), torch.randn(shape)
+    check(model, inputs, into=tmp_path, found=ONE_SITE, ranks=ALL_LOW_RANK)
+
+
 class OneLiftForAllHeads(nn.Module):
     """No factor varies along heads, as where heads were narrowed: only the masks tell them from
     the batch."""

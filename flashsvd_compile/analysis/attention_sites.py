@@ -4,8 +4,6 @@ The operands' atoms are aligned with the output's; those along which a factor va
 others batch, but for those that a mask tells apart.
 """
 
-from collections.abc import Sequence
-
 import sympy
 import torch
 from torch import fx
@@ -74,7 +72,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         or any(atoms[i].broadcast for atoms in positions[1:3])
         for i in range(len(positions[0]))
     ]
-    in_heads = _as_masks_vary(facts, found, positions[3], in_heads)
+    if not any(in_heads):
+        in_heads = _as_masks_vary(facts, found, positions[3])
     split = [
         (tuple(a for a, h in zip(atoms, in_heads, strict=True) if not h),
          tuple(a for a, h in zip(atoms, in_heads, strict=True) if h))
@@ -117,10 +116,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     )
 
 
-def _as_masks_vary(
-    facts: Facts, found: AttentionCandidate, output: Dim, in_heads: Sequence[bool]
-) -> list[bool]:
-    """With heads as all atoms that masks vary along otherwise than along the first that is none.
+def _as_masks_vary(facts: Facts, found: AttentionCandidate, output: Dim) -> list[bool]:
+    """As heads all atoms that masks vary along otherwise than along the first, which is batch.
 
     Where no factor tells heads apart (narrowed heads have none), a mask for all heads does: it
     would have to be repeated for each of them, if they were batch.
@@ -128,10 +125,9 @@ def _as_masks_vary(
     leaves = facts.space.leaves
     masks = [{a for dim in mask.dims for a in leaves(dim)} for mask in found.masks]
     varies = [[atom in mask for mask in masks] for atom in output]
-    batch = [along for along, is_head in zip(varies, in_heads, strict=True) if not is_head]
     return [
-        is_head or (along != batch[0] and isinstance(atom.size, sympy.Integer))
-        for atom, along, is_head in zip(output, varies, in_heads, strict=True)
+        along != varies[0] and isinstance(atom.size, sympy.Integer)
+        for atom, along in zip(output, varies, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashsvd_compile.analysis.axes import (
     Atom,
@@ -176,7 +177,9 @@ def _cut(
     drops = packet(node) in (aten.select, aten.unbind)
     whole = shape_of(value(named["self"]))[axis]
     lengths = [sympy.Integer(1) if drops else shape[axis] for shape in shapes]
-    start = _start(named, whole)
+    start = _start(named, axis)
+    if start is None:
+        return None
     moved = []
     for length in lengths:
         part = _keep(space, dims[axis], whole, start, length)
@@ -192,10 +195,11 @@ def _cut(
 def _stride(space: AxisSpace, named: dict[str, Any], dims: Dims, axis: int) -> list[Moved] | None:
     """``x[start::step]`` of a whole number of steps: one of ``step`` interleaved parts."""
     step, whole = size_of(value(named["step"])), shape_of(value(named["self"]))[axis]
-    start, rows = _start(named, whole), quotient(whole, step)
+    start, rows = _start(named, axis), quotient(whole, step)
     to_the_end = named["end"] is None or named["end"] == sys.maxsize
     if (
         rows is None
+        or start is None
         or not to_the_end
         or not (start.is_nonnegative and (start < step) == sympy.true)
     ):
@@ -206,12 +210,22 @@ def _stride(space: AxisSpace, named: dict[str, Any], dims: Dims, axis: int) -> l
     return [Moved((*dims[:axis], parts[0], *dims[axis + 1 :]), Cut(parts[1][0], start, None))]
 
 
-def _start(named: dict[str, Any], whole: Size) -> Size:
-    start = value(named.get("start", named.get("index", 0))) or 0
-    if isinstance(start, torch.Tensor):
-        return sympy.nan  # narrow.Tensor: known at run time only, so no cut can be proved
-    begin = size_of(start)
-    return begin + whole if begin.is_negative else begin
+def _start(named: dict[str, Any], axis: int) -> Size | None:
+    """Where the cut begins, from the front, or None where that cannot be proved.
+
+    Torch lets one that begins before the first element begin there.
+    """
+    begin = value(named.get("start", named.get("index", 0))) or 0
+    if isinstance(begin, torch.Tensor):  # narrow.Tensor: known at run time only
+        return None
+    if statically_known_true(begin >= 0):
+        return size_of(begin)
+    from_front = begin + value(named["self"]).shape[axis]
+    if not statically_known_true(begin < 0):
+        return None
+    if statically_known_true(from_front >= 0):
+        return size_of(from_front)
+    return sympy.Integer(0) if statically_known_true(from_front < 0) else None
 
 
 def _keep(

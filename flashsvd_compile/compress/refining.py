@@ -99,13 +99,13 @@ def _own(model: nn.Module, made: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def _results_of(loss: Loss | None) -> Callable[[Any, Any], Tensor]:
-    """What shall stay as it is: as `compress_` is told, else the output's first tensor. Of a scalar
-    loss, too, as that says little about a batch."""
+    """What shall stay as it is: as `compress_` is told, else the output's first tensor that is no
+    scalar, in place of a loss that is one, too: it says little about a batch."""
 
     def results(output: Any, batch: Any) -> Tensor:
         found = None if loss is None else loss(output, batch)
         if found is None or found.dim() == 0:
-            found = first_tensor(output)
+            found = first_tensor(output, least_dims=1)
         return RealTokens(mask_of(batch)).of(found) if found.dim() > 2 else found
 
     return results

@@ -46,7 +46,11 @@ def streamed(
     """
     ranks = Method(name, {}, caps).ranks(matrices, keep)
     wants = METHODS[name]
-    parts = _watched(model, wants, matrices, batches) if wants else _each(matrices)
+    alone = {path: one for path, one in matrices.items() if len(one.linear.paths) == 1}
+    if wants:
+        for path in matrices.keys() - alone.keys():
+            yield path, "it is called in several places, which are not calibrated together"
+    parts = _watched(model, wants, alone, batches) if wants else _each(matrices)
     for part in parts:
         how = Method(name, part, caps)
         for path, moments in part.items():

@@ -142,6 +142,31 @@ def test_what_cannot_be_done_is_told(calibration, tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["albert", "dense"]
 
 
+def test_linears_in_several_places_are_not_calibrated(tmp_path):
+    """Each place reads something else, and the first would be gone when the next one runs."""
+
+    def model():
+        made = dense_model("llama")
+        made.model.layers[1].mlp = made.model.layers[0].mlp
+        return made
+
+    written(dense_model("llama"), tmp_path / "dense")  # for its config.json
+    (file,) = (tmp_path / "dense").glob("*.safetensors")
+    file.unlink()
+    torch.save(model().state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    batches = [torch.randint(0, 50, (2, 7)) for _ in range(2)]
+    report = fsc.compress_checkpoint(
+        tmp_path / "dense", tmp_path / "low", 0.6, base=model(), calibration=batches
+    )
+    shared = {row.path: row.reason for row in report.rows if "mlp" in row.path}
+    assert set(shared) == {f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")}
+    assert all("several places" in reason for reason in shared.values())
+    expected = model()
+    fsc.compress_(expected, 0.6, exclude=["*mlp*"], method="whitened", calibration=batches)
+    loaded = fsc.load_checkpoint(tmp_path / "low", base=model())
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = dense_model("gpt2")
     with torch.no_grad():

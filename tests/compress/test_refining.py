@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 import flashsvd_compile as fsc
 from flashsvd_compile.compress import descent, refining
@@ -256,3 +263,18 @@ def test_other_methods_are_refused(method):
     given = {"calibration": tokens(2)} if method == "whitened" else {}
     with pytest.raises(ValueError, match="needs calibration"):
         fsc.compress_(bert(), method=method, refine=True, **given)
+
+
+def test_where_batches_have_labels_what_comes_behind_the_loss_stays():
+    config = LlamaConfig(
+        hidden_size=24, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
+        num_hidden_layers=2, vocab_size=50, intermediate_size=40, max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = [torch.randint(0, 50, (2, 7)) for _ in range(3)]
+    labelled = [{"input_ids": x, "labels": x} for x in ids]
+    report = fsc.compress_(model, keep=0.6, calibration=labelled, refine=True)
+    assert any(row.rank for row in report.rows)
+    results = refining._results_of(None)
+    output = model(**labelled[0])
+    assert results(output, labelled[0]).shape == (14, 50)
