@@ -4,9 +4,9 @@
 
 all-MiniLM-L6-v2, the linears of its encoder. Sentences of Python's own documentation: some
 calibrate, 256 others are held out; the number is mean |Δcos|, how far the cosines of all pairs of
-held-out embeddings move. Seconds are those of calibration, factoring and refining. The last rows
-of each share are told what the embeddings are (the mean over tokens, normalised), or what their
-cosines within a batch are; the others know only the model's own output.
+held-out embeddings move. Seconds are those of calibration and factoring. The last row of each share
+is told what the embeddings are (the mean over tokens, normalised), the others only the model's own
+output.
 """
 
 import argparse
@@ -61,9 +61,6 @@ def measured(
     ways: dict[str, dict[str, Any]] = {"svd": {}}
     ways |= {name: {"calibration": calibration} for name in ("fwsvd", "whitened", "planned")}
     ways["planned, told the embedding"] = {"calibration": calibration, "loss": embedding}
-    told = {"calibration": calibration, "loss": cosines}
-    ways["planned, told the cosines"] = told
-    ways["planned, told the cosines, refined"] = told | {"refine": True}
     for name, given in ways.items():
         model = copy.deepcopy(dense)
         start = time.perf_counter()
@@ -74,12 +71,6 @@ def measured(
         share = sum(r.bytes_after for r in taken) / sum(r.bytes_before for r in taken)
         off = similarity_shift(embedded(model, held_out), expected)
         yield {"method": name, "share of parameters": share, "mean |Δcos|": off, "s": seconds}
-
-
-def cosines(output: Any, batch: Any) -> Tensor:
-    """Of all pairs of the batch [sentences, sentences]; each side has its own gradient."""
-    found = embedding(output, batch).float()
-    return found @ found.detach().T
 
 
 @torch.no_grad()

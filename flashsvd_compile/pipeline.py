@@ -34,7 +34,7 @@ from flashsvd_compile.memory.view import GraphView, Lowered
 from flashsvd_compile.normalize import normalize
 from flashsvd_compile.options import Options, cache_directory
 from flashsvd_compile.placement import Placement
-from flashsvd_compile.planner.budget import BudgetError, plan_within_budget
+from flashsvd_compile.planner.budget import BudgetError, plan_within_budget, profile_of
 from flashsvd_compile.planner.cost import at, size_hints
 from flashsvd_compile.planner.device import Device, device_for
 from flashsvd_compile.planner.held import lowered_by
@@ -56,6 +56,7 @@ class Rewritten:
     graph would hold as it was, None where that was not asked.
     ``factoring``: what became of its dense weights, None where that was not asked. ``feed``: what
     makes the factors that it takes as inputs behind the given ones, None where it takes none.
+    ``planned_bytes``: the peak of transient bytes that plans told, 0 where there is no budget.
     """
 
     module: fx.GraphModule
@@ -71,6 +72,7 @@ class Rewritten:
     untouched: MemoryProfile | None = None
     factoring: Factoring | None = None
     feed: Feed | None = None
+    planned_bytes: int = 0
 
     @cached_property
     def peak(self) -> Peak:
@@ -140,7 +142,10 @@ def _within_budget(once: Callable[..., Rewritten], options: Options) -> Rewritte
         over = found.peak.transient_bytes - options.memory_budget
         if over <= 0:
             break
-        unseen_bytes += over
+        # These plans hold this much beyond what they tell, others perhaps less: half the way there
+        # lets those be found, and all of it is gone in a few steps.
+        untold = found.peak.transient_bytes - found.planned_bytes - unseen_bytes
+        unseen_bytes += max(over, untold // 2)
         found = once(options, unseen_bytes=unseen_bytes)
     return found
 
@@ -210,10 +215,13 @@ def _rewrite(
 
     plans = drop_taken(plans_of(sites))
     largest = largest_sizes(module.graph, options, hints)
+    planned_bytes = 0
     if options.memory_budget is not None:
         written = sums_of_sums(module.graph, facts.mutated)
         view_of = partial(GraphView, module.graph, written=written)
         plans = plan_within_budget(plans, view_of, facts, device_of, options, largest, unseen_bytes)
+        planned = profile_of(view_of, plans, device_of)
+        planned_bytes = planned.peak(lambda size: at(size, largest))[1]
         hold_at_most(module.graph, largest)
     clock.lap("plan")
 
@@ -258,6 +266,7 @@ def _rewrite(
     return Rewritten(
         module, before, module.code, *told, clock.laps, lowered, largest,
         {site.node: site for site in (*sites, *siblings)}, launches, untouched, factoring, feed,
+        planned_bytes,
     )  # fmt: skip
 
 

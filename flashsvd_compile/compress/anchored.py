@@ -79,7 +79,7 @@ class Anchored:
                 if rank is not None and joint.first.startswith(f"{path}.") and not is_done:
                     self._alone(joint, rank)
             dense_next = self._runs(index, dense)
-            with self.in_place(index):
+            with self._in_place(index):
                 compressed = self._runs(index, compressed)
             dense = dense_next
             yield path
@@ -91,7 +91,7 @@ class Anchored:
         return [self._blocks.run(index, batch, x) for batch, x in enumerate(hidden)]
 
     @contextmanager
-    def in_place(self, index: int) -> Iterator[None]:
+    def _in_place(self, index: int) -> Iterator[None]:
         """The block with what has been made of it."""
         own = [path for path in self.made if path.startswith(f"{self._blocks.paths[index]}.")]
         try:
@@ -114,7 +114,7 @@ class Anchored:
         for batch, mask in enumerate(self._masks):
             real = RealTokens(mask)
             before = self._seen(index, batch, stage, modules, dense[batch])
-            with self.in_place(index):
+            with self._in_place(index):
                 after = self._seen(index, batch, stage, modules, off[batch])
             if before is None or after is None:
                 return None

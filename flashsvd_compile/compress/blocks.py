@@ -43,10 +43,6 @@ class Blocks:
     calls: Sequence[Sequence[Call]]
     hidden: Sequence[Tensor]
 
-    def of_first(self, batches: int) -> "Blocks":
-        """The same of that many batches."""
-        return replace(self, calls=self.calls[:batches], hidden=self.hidden[:batches])
-
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
         """What the next block would read."""
         args, kwargs = self.calls[batch][block].with_hidden(hidden)

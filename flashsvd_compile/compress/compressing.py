@@ -16,7 +16,6 @@ The last fits blocks in the order of the model, each to what the compressed ones
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,7 +29,6 @@ from flashsvd_compile.compress.linears import model_bytes, replace_
 from flashsvd_compile.compress.methods import METHODS, calibrated
 from flashsvd_compile.compress.moments import Loss
 from flashsvd_compile.compress.ranks import share_within
-from flashsvd_compile.compress.refining import refined, split
 from flashsvd_compile.compress.report import CompressReport
 from flashsvd_compile.options import parse_bytes
 
@@ -47,7 +45,6 @@ def compress_(
     loss: Loss | None = None,
     sram_budget: int | str | None = None,
     seed: int = 0,
-    refine: bool = False,
 ) -> CompressReport:
     """Replace the linear layers of ``model`` in place by low-rank ones; biases are kept.
 
@@ -70,27 +67,16 @@ def compress_(
             labels), else the output itself stays.
         sram_budget: bytes of shared memory that a block of the kernels may use, a number or
             ``"48KiB"``: no rank becomes so large that none of their tiles fits into it.
-        seed: of the directions along which outputs are differentiated, and of the order of batches
-            in which blocks are refined.
-        refine: after ``"planned"``, train the factors and biases of one block at a time, the last
-            first, so that the tensor of results that ``loss`` gives, or without one the output,
-            stays what the dense model makes of the batch (``refining.py``); no labels. One in five
-            batches only judges: where these do not gain the block stays, and refining ends.
+        seed: of the directions along which outputs are differentiated.
 
     Layers whose factors would not be smaller, that share their weight, that are more than a plain
     linear, or that calibration did not reach stay dense, with the reason in the report. An error
     or an interrupt leaves the model untouched.
 
     Raises TypeError and ValueError for arguments that are none, ValueError for weights that are not
-    finite or on the meta device, and for a budget that the smallest ranks exceed; with ``refine``
-    for other methods, for fewer than two batches, and for a model whose layers are in no blocks
-    that are called one after another.
+    finite or on the meta device, and for a budget that the smallest ranks exceed.
     """
     name = method_of(method, calibration, tuple(METHODS), default="planned")
-    if refine and name != "planned":
-        raise ValueError(
-            f'refine=True needs calibration, and method="planned" on it; this is {name!r}'
-        )
     share, budget = size_of(keep, weight_budget)
     sram = parse_bytes("sram_budget", sram_budget)
     chosen = choose(model, include, exclude)
@@ -98,10 +84,6 @@ def compress_(
     for found in matrices.values():
         found.validate()
     batches = None if calibration is None else list(calibration)
-    judges: list[Any] = []
-    if refine:
-        assert batches is not None
-        batches, judges = split(batches)
     how, unfit = calibrated(name, model, matrices, progress(batches or (), "calibrate"), loss, seed)
     matrices = {path: one for path, one in matrices.items() if path not in unfit}
     if sram is not None:
@@ -112,8 +94,7 @@ def compress_(
     if name == "planned":
         assert batches is not None
         projections = find_projections(model, chosen.out_features)
-        again = partial(refined, loss=loss, seed=seed) if refine else None
-        fits = planned(model, how, matrices, projections, batches, share, judges, again)
+        fits = planned(model, how, matrices, projections, batches, share)
     else:
         fits = matrix_by_matrix(how, matrices, share)
 

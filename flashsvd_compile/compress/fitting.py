@@ -1,6 +1,6 @@
 """From ranks to modules: what takes the place of each linear, and what that costs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,25 +62,13 @@ def planned(
     projections: Sequence[Projections],
     batches: Sequence[Any],
     keep: float,
-    judges: Sequence[Any] = (),
-    refine: Callable[..., Iterable[str]] | None = None,
 ) -> Fits:
     """Ranks from one list over the whole model; blocks fitted one after another, where the model
-    has any, and heads narrowed on both sides, where nothing stands between.
-
-    ``refine``: refines blocks afterwards, given the model, its blocks, what was made of them, all
-    batches, and how many of the last of them are ``judges``; yields after each. Raises ValueError
-    where it is given and there are no blocks.
-    """
+    has any, and heads narrowed on both sides, where nothing stands between."""
     alone = _held_elsewhere(model, matrices)
     free = {path: one for path, one in matrices.items() if path not in alone}
     with in_evaluation(model):
-        blocks = find_blocks(model, free, [*batches, *judges])
-        if blocks is None and refine is not None:
-            raise ValueError(
-                f"refine=True: {type(model).__name__} holds no list of blocks with linears to "
-                "factor that are called one after another, once for each batch"
-            )
+        blocks = find_blocks(model, free, batches)
         if blocks is not None:
             joints = unseen_outside(model, find_joints(blocks, free, projections), free, batches[0])
             layers = {path: how.layer(path, one) for path, one in matrices.items()}
@@ -89,14 +77,9 @@ def planned(
                 layers[joint.name] = _together(joint, both, how, matrices)
             ranks = plan_ranks(layers, int(keep * weight_bytes(matrices) + 1e-6))
             masks = [mask_of(batch) for batch in batches]
-            seen = blocks.of_first(len(batches))
-            anchored = Anchored(model, seen, free, joints, how.moments, masks)
+            anchored = Anchored(model, blocks, free, joints, how.moments, masks)
             for _ in progress(anchored.fit(ranks), "fit blocks", len(blocks.paths)):
                 pass
-            if refine is not None:
-                steps = refine(model, blocks, anchored, [*batches, *judges], len(judges))
-                for _ in progress(steps, "refine blocks", len(blocks.paths)):
-                    pass
     if blocks is None:
         return matrix_by_matrix(how, matrices, keep)
     fits: Fits = {}

@@ -143,14 +143,12 @@ def _scalar(output: Any, batch: Any, loss: Loss | None, real: RealTokens, seed: 
     return (found.float() * direction).sum()
 
 
-def first_tensor(output: Any, least_dims: int = 0) -> Tensor:
-    """The first of numbers, and of at least so many dimensions: where there are labels, a loss
-    comes before the rest of an output."""
-    values = [output] if isinstance(output, Tensor) else output
-    values = values.values() if isinstance(values, Mapping) else values
+def first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
     for value in values if isinstance(values, Iterable) else ():
-        is_tensor = isinstance(value, Tensor) and value.is_floating_point()
-        if is_tensor and value.dim() >= least_dims:
+        if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise ValueError(
         f"the model returns {type(output).__name__} without a tensor of numbers; pass a loss"
