@@ -124,7 +124,9 @@ def rewrite(
         return _within_budget(once, options)
     except BudgetError as error:
         least = error
-    while least.least_bytes:  # what it names has to be enough
+    tried: set[int] = set()
+    while least.least_bytes and least.least_bytes not in tried:  # what it names has to be enough
+        tried.add(least.least_bytes)
         try:
             _within_budget(once, replace(options, memory_budget=least.least_bytes))
         except BudgetError as error:

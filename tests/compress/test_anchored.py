@@ -28,7 +28,6 @@ from flashsvd_compile.compress.linears import find_linears
 from flashsvd_compile.compress.matrices import Matrices
 from flashsvd_compile.compress.moments import in_evaluation
 from flashsvd_compile.compress.stages import Sum, stages_of
-from tests.compress.drawn import spread
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -59,6 +58,17 @@ def t5():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def spread(model):
+    """Random weights of a size at which attention attends."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.normal_(std=2 * p.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                p.normal_(std=0.3)
+    return model.eval()
 
 
 def tokens(count=6, rows=4, length=12):
