@@ -215,6 +215,7 @@ def _lift_tile(shape: Shape, device: str) -> TileConfig | None:
         return None
     return lifted_activation_tiles.default_tile(
         [shape.rank],
+        width=shape.intermediate_size,
         element_bytes=getattr(torch, shape.dtype).itemsize,
         generation=generation_of(torch.device("cuda")),
         sram_bytes=sram_bytes_of_device(torch.device("cuda"), 0),

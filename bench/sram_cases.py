@@ -374,7 +374,7 @@ class LiftedActivation(Case):
     @classmethod
     def sample(cls, rng, generation, dtype):
         of = lifted_activation_tiles
-        tile = any_tile(rng, (of.TILE_NARROW, of.TILE_WIDE))
+        tile = any_tile(rng, (of.TILE, TileConfig(128, 256, 8, 4)))
         ranks = (rng.randint(2, 128) * 8, rng.choice((None, rng.randint(2, 128) * 8)))
         return cls(
             "sm_90", rng.choice(("bfloat16", "float16")), tile, ranks, rng.choice((400, 3072)),

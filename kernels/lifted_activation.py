@@ -3,13 +3,13 @@
     h = act(P_u V_uᵀ + b_u)            or, gated,    h = act(P_g V_gᵀ + b_g) · (P_u V_uᵀ + b_u)
 
 Operands as ``feed_forward_operands.py`` has them: latents P [T, R], factors V [F, R], biases [F].
-A program computes a tile of h, BLOCK_M × BLOCK_N, over the ranks in steps of BLOCK_K: first the
-gate's, which it activates and puts where h will stand, then up's, in the same accumulators.
+A program computes a tile of h, BLOCK_M × BLOCK_N, over the ranks in steps of BLOCK_K: first up's
+side, which it puts where h will stand, then the gate's, in the same accumulators.
 
 Bytes from memory: the operands, from the second-level cache once a row (or column) of tiles, and
-h; gated, h is written twice and read once there. Never written: either side before its activation,
-which library matmuls write and a second pass reads again. Rounds the activated gate and h; the
-rest is float32.
+h; gated, h is written twice and read once there. Never written: what is activated, which library
+matmuls write and a second pass reads again. Rounds up's side, the activated gate and h, as unfused;
+the rest is float32.
 
 Tiles are read through tensor descriptors, so every row has to begin at a multiple of 16 bytes.
 """
@@ -17,7 +17,7 @@ Tiles are read through tensor descriptors, so every row has to begin at a multip
 import triton
 import triton.language as tl
 from flashsvd_compile.kernels.activations_triton import activate
-from flashsvd_compile.kernels.lifted_activation_tiles import BLOCK_K
+from flashsvd_compile.kernels.lifted_activation_tiles import BLOCK_K, group_rows
 from flashsvd_compile.kernels.primitives import (
     Described,
     absent_operand,
@@ -26,9 +26,6 @@ from flashsvd_compile.kernels.primitives import (
 )
 from flashsvd_compile.kernels.tiles import TileConfig
 from torch import Tensor
-
-# Rows of tiles that run side by side, so that they find the factors in the second-level cache.
-GROUP_ROWS = 8
 
 
 @triton.jit
@@ -40,13 +37,13 @@ def _lifted(
 ):  # fmt: skip
     """A tile of P Vᵀ + b from ``row`` and ``column`` on, in float32."""
     lifted = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:  # first, where registers are free
+        loaded = tl.load(bias + columns, mask=columns < F, other=0.0)
+        lifted += loaded.to(tl.float32)[None, :]
     for rank in tl.range(0, R, BLOCK_K):
         latent_tile = latent.load([row, rank])
         factor_tile = factor.load([column, rank]).T
         lifted = dot(latent_tile, factor_tile, lifted, "ieee", INTERPRETED)
-    if HAS_BIAS:
-        loaded = tl.load(bias + columns, mask=columns < F, other=0.0)
-        lifted += loaded.to(tl.float32)[None, :]
     return lifted
 
 
@@ -67,30 +64,32 @@ def _lifted_activation_kernel(
     row = (group * GROUP_ROWS + within % group_rows) * BLOCK_M
     column = (within // group_rows) * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
-    rows = row + tl.arange(0, BLOCK_M)
-    pointers = out + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
-    inside = (rows < T)[:, None] & (columns < F)[None, :]
+    inside = (row + tl.arange(0, BLOCK_M) < T)[:, None] & (columns < F)[None, :]
+    # One pointer and offsets of 32 bits: pointers for each element would cost the registers that
+    # let a second program run beside this one, which computes while this one stores.
+    first = out + row.to(tl.int64) * stride_om + column
+    offsets = tl.arange(0, BLOCK_M)[:, None] * stride_om + tl.arange(0, BLOCK_N)[None, :]
     DTYPE: tl.constexpr = out.dtype.element_ty
 
-    if GATED:
-        gated = _lifted(
-            gate, gate_factor, gate_bias, row, column, columns, F, R_G, HAS_GATE_BIAS,
-            BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED,
-        )  # fmt: skip
-        gated = activate(gated, ACTIVATION, True).to(DTYPE)
-        # In registers it would be spilled. It comes back from the second-level cache.
-        tl.store(pointers, gated, mask=inside)
-        tl.debug_barrier()
     hidden = _lifted(
         up, up_factor, up_bias, row, column, columns, F, R_U, HAS_UP_BIAS,
         BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED,
     )  # fmt: skip
     if GATED:
-        gated = tl.load(pointers, mask=inside, other=0.0)
-        hidden = gated.to(tl.float32) * hidden
+        # In registers it would take what a second program needs. It comes back from the
+        # second-level cache.
+        tl.store(first + offsets, hidden.to(DTYPE), mask=inside)
+        tl.debug_barrier()
+        gated = _lifted(
+            gate, gate_factor, gate_bias, row, column, columns, F, R_G, HAS_GATE_BIAS,
+            BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED,
+        )  # fmt: skip
+        # Rounded, so that 16 bits an element change places to be where the others come back.
+        activated = activate(gated, ACTIVATION, True).to(DTYPE).to(tl.float32)
+        hidden = activated * tl.load(first + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
         hidden = activate(hidden, ACTIVATION, True)
-    tl.store(pointers, hidden.to(DTYPE), mask=inside)
+    tl.store(first + offsets, hidden.to(DTYPE), mask=inside)
 
 
 def lift_and_activate(
@@ -132,7 +131,7 @@ def lift_and_activate(
         GATED=is_gated,
         HAS_UP_BIAS=up_bias is not None,
         HAS_GATE_BIAS=gate_bias is not None,
-        GROUP_ROWS=GROUP_ROWS,
+        GROUP_ROWS=group_rows((rank_up, gate.shape[1])),
         BLOCK_K=BLOCK_K,
     )
     return out

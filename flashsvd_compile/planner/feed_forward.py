@@ -165,6 +165,7 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
     ranks = [arm.rank_size for arm in arms]
     tile = lifted_activation_tiles.default_tile(
         ranks,
+        width=int(volume(site.width)),
         element_bytes=site.dtype.itemsize,
         generation=device.generation,
         sram_bytes=(sram := sram_limit(device, options)),

@@ -15,7 +15,7 @@ from flashsvd_compile.kernels.feed_forward_blocks import (
 from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
 from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.feed_forward_tiles import sram_bytes_of
-from flashsvd_compile.kernels.lifted_activation_tiles import TILE_NARROW, TILE_WIDE
+from flashsvd_compile.kernels.lifted_activation_tiles import TILE
 from flashsvd_compile.kernels.tile_tables import tables_of
 from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.lowering import ops
@@ -182,7 +182,7 @@ def test_offsets_beyond_int32():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rank_gate", [None, 299], ids=["plain", "gated"])
-@pytest.mark.parametrize("tile", [None, TILE_NARROW, TILE_WIDE], ids=str)
+@pytest.mark.parametrize("tile", [None, TILE, TileConfig(128, 256, 8, 4)], ids=str)
 @pytest.mark.parametrize(
     ("rows", "rank"), [(5000, 300), (5000, 301), (100, 301), (100, 304), (3000, 520), (3000, 1096)]
 )
@@ -226,7 +226,7 @@ def test_one_block_of_rows_as_nodes_of_a_graph(rank_gate, bias):
     @torch.no_grad()
     def one_block(*tensors):
         return ops.row_blocks_feed_forward_op(
-            *tensors, activation="silu", block_rows=3000, tile=list(astuple(TILE_NARROW))
+            *tensors, activation="silu", block_rows=3000, tile=list(astuple(TILE))
         )
 
     compiled = torch.compile(one_block, fullgraph=True)

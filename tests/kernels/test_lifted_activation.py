@@ -4,6 +4,8 @@ import pytest
 import torch
 from flashsvd_compile.kernels.activations import ACTIVATIONS
 from flashsvd_compile.kernels.lifted_activation import lift_and_activate
+from flashsvd_compile.kernels.lifted_activation_tiles import TILE as DEFAULT_TILE
+from flashsvd_compile.kernels.lifted_activation_tiles import default_tile
 from flashsvd_compile.kernels.primitives import INTERPRETED
 from flashsvd_compile.kernels.tiles import TileConfig
 
@@ -72,3 +74,14 @@ def test_rows_that_lie_apart():
     fused = torch.cat([up, gate], 1)
     lifts = [fused[:, :24], up_factor, up_bias, fused[:, 24:], gate_factor, gate_bias]
     assert_right(lifts, "gelu")
+
+
+def test_where_libraries_lift():
+    """Beyond the ranks that it was measured at, and where the kernel could not store at once."""
+    case = {"width": 3072, "element_bytes": 2, "generation": "sm_90", "sram_bytes": 227 * 1024}
+    assert default_tile([384, 1024], **case) == DEFAULT_TILE
+    assert default_tile([384, 1025], **case) is None
+    for change in (
+        {"width": 3080}, {"element_bytes": 4}, {"generation": "sm_80"}, {"sram_bytes": 96 * 1024},
+    ):  # fmt: skip
+        assert default_tile([384], **case | change) is None

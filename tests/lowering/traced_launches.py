@@ -10,7 +10,7 @@ from dataclasses import astuple
 
 import torch
 import triton
-from flashsvd_compile.kernels.lifted_activation_tiles import TILE_WIDE
+from flashsvd_compile.kernels.lifted_activation_tiles import TILE
 from flashsvd_compile.kernels.tiles import TileConfig
 from flashsvd_compile.lowering import ops
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
         return Attention(rank, tile), [empty(6, 77, 12 * rank), empty(4, 64, rank), mask]
 
     def row_blocks(
-        block_rows: int, rank: int = 64, tile: TileConfig | None = TILE_WIDE
+        block_rows: int, rank: int = 64, tile: TileConfig | None = TILE
     ) -> tuple[nn.Module, list[Tensor]]:
         module = RowBlocks(block_rows, [] if tile is None else list(astuple(tile)))
         return module, [empty(6, 77, rank), empty(256, rank), empty(64, 256), empty(64)]
