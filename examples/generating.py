@@ -1,4 +1,4 @@
-"""Greedy decoding by any way to run a model: the same ``generate``, another forward."""
+"""Greedy decoding with any way to run a model, over a cache of a fixed size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,20 +19,18 @@ class Continuation:
 
 @torch.no_grad()
 def continued(
-    model: Any, forward: Callable[..., Any], prompts: Tensor, new: int, room: int | None = None
+    run: Callable[..., Any], config: Any, prompts: Tensor, new: int, room: int | None = None
 ) -> Continuation:
-    """``new`` greedy tokens after each row of ``prompts``, ``model`` run by ``forward``.
+    """``new`` greedy tokens after each row of ``prompts``.
 
-    The cache has room for ``room`` tokens more, so that a shorter continuation, too, is made by
-    the graphs that a longer one has compiled.
+    The cache has room for ``room`` of them, ``new`` unless told: a short continuation is made by
+    the graphs that a longer one has compiled, one for the prompt and one for each step.
     """
-    cache = StaticCache(model.config, max_cache_len=prompts.shape[1] + (room or new))
-    model.forward = forward
-    try:
-        out = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new,
-            past_key_values=cache, do_sample=False, disable_compile=True, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    finally:
-        del model.forward
-    return Continuation(out.sequences[:, prompts.shape[1] :], torch.stack(out.logits, 1))
+    cache = StaticCache(config=config, max_cache_len=prompts.shape[1] + (room or new))
+    chosen, logits, ids = [], [], prompts
+    for _ in range(new):
+        out = run(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits.append(out.logits[:, -1])
+        ids = logits[-1].argmax(-1, keepdim=True)
+        chosen.append(ids)
+    return Continuation(torch.cat(chosen, 1), torch.stack(logits, 1))

@@ -20,14 +20,14 @@ class Rates(NamedTuple):
 
 
 def rates_of(
-    ways: Mapping[Way, tuple[Any, Callable[..., Any]]], prompts: Tensor, new: int
+    ways: Mapping[Way, Callable[..., Any]], config: Any, prompts: Tensor, new: int
 ) -> dict[Way, Rates]:
-    """Of each model and forward. One new token is the prefill; what ``new`` of them take beyond
+    """One new token is the prefill; what ``new`` of them take beyond
     that is decoding."""
     rows, length = prompts.shape
     calls = {
-        f"{index} {count}": partial(continued, model, run, prompts, count, room=new)
-        for index, (model, run) in enumerate(ways.values())
+        f"{index} {count}": partial(continued, run, config, prompts, count, room=new)
+        for index, run in enumerate(ways.values())
         for count in (1, new)
     }
     device = prompts.device
