@@ -109,7 +109,7 @@ def run_of(model: nn.Module, backend: str, compiler: str) -> Callable[..., Any]:
     which sizes have changed, and would compile those for the second model that it is given for
     any size."""
     if backend == "flashsvd":
-        options = {"compiler": compiler}
+        options: dict[str, Any] = {"compiler": compiler}
         return torch.compile(model, backend=backend, options=options, dynamic=False)
     if "eager" in (backend, compiler):
         return model

@@ -29,7 +29,8 @@ def continued(
     cache = StaticCache(config=config, max_cache_len=prompts.shape[1] + (room or new))
     chosen, logits, ids = [], [], prompts
     for _ in range(new):
-        out = run(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # The cache by its place, after mask and positions: its name changes within transformers 5.
+        out = run(ids, None, None, cache, use_cache=True, logits_to_keep=1)
         logits.append(out.logits[:, -1])
         ids = logits[-1].argmax(-1, keepdim=True)
         chosen.append(ids)

@@ -27,6 +27,7 @@ LEARNING_RATE, WARMUP = 3e-3, 20
 
 def untrained(device: str, seed: int, **sizes: int) -> nn.Module:
     torch.manual_seed(seed)
+    given: dict[str, Any] = SIZES | sizes
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         max_position_embeddings=2 * LENGTH,
@@ -34,9 +35,10 @@ def untrained(device: str, seed: int, **sizes: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        **(SIZES | sizes),
+        **given,
     )
-    return LlamaForCausalLM(config).to(device)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(device)
 
 
 def train(model: nn.Module, part: Tensor, steps: int, seed: int, rows: int = ROWS) -> None:

@@ -22,7 +22,7 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-STEPS, ROWS, NEW = 200, 2, 12
+STEPS, ROWS, NEW = 150, 2, 6
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,11 @@ def test_what_eager_would_not_say_is_told(models, parts):
 @pytest.fixture
 def small(monkeypatch, fresh, parts):
     """The script's arguments for a model and texts that take no time."""
-    monkeypatch.setattr(training, "SIZES", TINY)
-    monkeypatch.setattr(causal, "split", lambda: parts)
+    monkeypatch.setattr(training, "SIZES", TINY | {"num_hidden_layers": 1})
+    few = topics.Split(
+        parts.training, parts.calibration[: 2 * LENGTH], parts.held_out[: 4 * LENGTH]
+    )
+    monkeypatch.setattr(causal, "split", lambda: few)
     return ["--steps", "3", "--rows", "2", "--new", "4", "--device", "cpu", "--compiler", "eager"]
 
 
