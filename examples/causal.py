@@ -135,15 +135,15 @@ def table(
     perplexities: dict[tuple[str, str], float],
     speeds: dict[tuple[str, str], Rates],
 ) -> str:
+    headers = ["model, backend", "perplexity\na byte", "MiB of\nweights"]
+    headers += ["prefill,\ntokens/s", "decode,\ntokens/s"] if speeds else []
     rows = []
     for (name, backend), found in perplexities.items():
         weights = sum(p.numel() * p.element_size() for p in models[name].parameters())
         row = [f"{name}, {backend}", f"{found:.3f}", f"{weights / 2**20:.2f}"]
-        rate = speeds.get((name, backend))
-        rows.append([*row, *(("", "") if rate is None else (f"{r:,.0f}" for r in rate))])
-    headers = ("model, backend", "perplexity\na byte", "MiB of\nweights",
-               "prefill,\ntokens/s", "decode,\ntokens/s")  # fmt: skip
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4))
+        rows.append([*row, *(f"{rate:,.0f}" for rate in speeds.get((name, backend), ()))])
+    right = ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *right))
 
 
 def story(run: Callable[..., Any], config: Any, prompts: Tensor, new: int) -> str:
