@@ -167,7 +167,10 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of graphs; eager compiles nothing and is for a quick look",
     )  # fmt: skip
     parser.add_argument("--untimed", action="store_true", help="leave speeds out")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.new < 2:
+        parser.error("--new must be at least 2: the first token is the prefill's")
+    return args
 
 
 if __name__ == "__main__":
