@@ -120,6 +120,11 @@ def test_every_room_has_arrows():
     assert rooms == set(ARROWS)
 
 
+def test_no_room_imports_what_measures_shows_or_tests_it():
+    for name, imports in IMPORTS.items():
+        assert not {m.split(".")[0] for m in imports} & {"bench", "examples", "tests"}, name
+
+
 def test_kernels_import_torch_and_triton_only():
     allowed = {"torch", "triton", TOP, *sys.stdlib_module_names}
     for name in _within("kernels"):
@@ -204,6 +209,7 @@ def test_the_package_is_not_found_below_itself():
     assert f"{TOP}.{TOP}" not in found
     assert f"{TOP}.tests" not in found
     assert f"{TOP}.bench" not in found
+    assert f"{TOP}.examples" not in found
 
 
 def test_public_names():
