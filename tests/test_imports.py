@@ -97,6 +97,7 @@ ARROWS = {
     "compress": ["compress", "options", "figure", "kernels.attention_extents",
                  "kernels.attention_tiles", "kernels.feed_forward_tiles"],
     "checkpoints": ["checkpoints", "compress", "options"],
+    "latent_cache": ["latent_cache", "compress.modules", "compress.joint_modules"],
 }  # fmt: skip
 
 
