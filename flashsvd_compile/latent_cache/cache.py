@@ -12,7 +12,7 @@ from flashsvd_compile.latent_cache.layers import LatentLayer, SlidingLatentLayer
 from flashsvd_compile.latent_cache.reading import Reading, read
 
 
-class LatentCache(Cache):  # type: ignore[misc]
+class LatentCache(Cache):
     """Keys and values of a decoder with factored key and value projections, as latents.
 
         cache = fsc.LatentCache(model)

@@ -49,7 +49,7 @@ def hooks_of(model: nn.Module, attentions: Iterable[nn.Module]) -> Hooks:
     return living
 
 
-def tell(attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def tell(attention: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Leave the call's input with the layer that the attention module is about to update."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):

@@ -22,7 +22,7 @@ class Call(NamedTuple):
     positions: Tensor | None
 
 
-class LatentLayer(DynamicLayer):  # type: ignore[misc]
+class LatentLayer(DynamicLayer):
     """Latents of one attention: ``keys`` [B, 1, T, r_k] and ``values`` [B, 1, T, r_v].
 
     ``rotation`` is shared by layers that rotate alike: the first of them appends positions, the
@@ -65,7 +65,8 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
             )
         (attention, x, positions), self.call = self.call, None
         key_latents, value_latents = (y.unsqueeze(1) for y in self.route.latents(attention, x))
-        if self.keys.shape[-2] == 0:
+        # Both lengths are read, though they are one: a compiler notes those that it was asked for.
+        if self.keys.shape[-2] == self.values.shape[-2] == 0:
             self.keys, self.values = key_latents[..., :0, :], value_latents[..., :0, :]
         key_latents, value_latents = super().update(key_latents, value_latents)
         rotation = self.rotation
@@ -116,5 +117,5 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
             self.rotation.repeat_interleave(repeats)
 
 
-class SlidingLatentLayer(LatentLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLatentLayer(LatentLayer, DynamicSlidingWindowLayer):
     """The same for attention that sees ``sliding_window`` tokens: one less is kept for the next."""

@@ -68,7 +68,7 @@ def read(model: Any) -> list[Reading]:
 
     Raises TypeError and ValueError as `LatentCache` says.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise TypeError(f"model must be a model of transformers, got {type(model).__name__}")
     if config.is_encoder_decoder:

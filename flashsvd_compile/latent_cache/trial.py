@@ -48,7 +48,7 @@ def try_out(model: Any, config: Any, see: Callable[[Update], None]) -> Any:
     """
     stack: list[ModuleCall] = []
 
-    class _Watched(DynamicCache):  # type: ignore[misc]
+    class _Watched(DynamicCache):
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any
         ) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def try_out(model: Any, config: Any, see: Callable[[Update], None]) -> Any:
         torch.compiler.set_stance("force_eager"),
         torch.random.fork_rng(enabled=model.training),  # dropout draws
     ):
-        model(input_ids=ids, use_cache=True, **{name: cache})
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{name: cache})
     return cache
 
 
