@@ -65,10 +65,14 @@ class LatentLayer(DynamicLayer):
             )
         (attention, x, positions), self.call = self.call, None
         key_latents, value_latents = (y.unsqueeze(1) for y in self.route.latents(attention, x))
+        new = key_latents, value_latents
         # Both lengths are read, though they are one: a compiler notes those that it was asked for.
-        if self.keys.shape[-2] == self.values.shape[-2] == 0:
+        is_prefill = self.keys.shape[-2] == self.values.shape[-2] == 0
+        if is_prefill:
             self.keys, self.values = key_latents[..., :0, :], value_latents[..., :0, :]
-        key_latents, value_latents = super().update(key_latents, value_latents)
+        key_latents, value_latents = super().update(*new)
+        if is_prefill:
+            key_latents, value_latents = new  # the same, and a compiler sees that they are latents
         rotation = self.rotation
         if rotation is None:
             turned = None
