@@ -72,7 +72,9 @@ class Rotation:
         self.turned = cos, sin
 
     def keep_last(self, tokens: int) -> None:
-        self.positions = self.positions[:, self.positions.shape[1] - tokens :]
+        if self.positions.shape[1] != tokens:
+            # In memory of its own: compiled code is made for one offset into another tensor's.
+            self.positions = self.positions[:, self.positions.shape[1] - tokens :].clone()
 
     def drop_last(self, tokens: int) -> None:
         self.positions = self.positions[:, : self.positions.shape[1] - tokens]
