@@ -314,10 +314,13 @@ def test_a_model_of_transformers_is_needed():
         fsc.LatentCache(nn.Linear(3, 3))
 
 
-def test_another_model_s_cache():
-    cache = fsc.LatentCache(factored(dense("llama")))
+@pytest.mark.parametrize("has_its_own", [False, True])
+def test_another_model_s_cache(has_its_own):
+    cache, other = fsc.LatentCache(factored(dense("llama"))), factored(dense("llama"))
+    own = fsc.LatentCache(other) if has_its_own else None
     with pytest.raises(RuntimeError, match="not made for"):
-        factored(dense("llama"))(tokens(), past_key_values=cache)
+        other(tokens(), past_key_values=cache)
+    del own
 
 
 def test_a_compiled_model_is_seen_through():

@@ -77,6 +77,8 @@ class LatentCache(Cache):
         for layer in layers:
             layer.reset()
         self._hooks = hooks_of(model, [reading.attention for reading in readings])
+        # By which a hook knows the caches of its own model.
+        self.model_name = self._hooks.model_name
         self._dense_features = sum(reading.dense_features for reading in readings)
 
     @property
