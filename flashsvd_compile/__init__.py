@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flashsvd_compile.compress.retruncating import retruncate_ as retruncate_
     from flashsvd_compile.explanation import Explanation as Explanation
     from flashsvd_compile.explanation import explain as explain
+    from flashsvd_compile.latent_cache.cache import LatentCache as LatentCache
     from flashsvd_compile.options import Options as Options
     from flashsvd_compile.planner.budget import BudgetError as BudgetError
 
@@ -32,6 +33,7 @@ _PUBLIC = {
     "BudgetError": "planner.budget",
     "CheckpointError": "checkpoints.errors",
     "Explanation": "explanation",
+    "LatentCache": "latent_cache.cache",
     "Options": "options",
     "compress_": "compress.compressing",
     "compress_checkpoint": "checkpoints.compressed",
@@ -43,6 +45,7 @@ _PUBLIC = {
     "save_pretrained": "checkpoints.save",
 }
 
+# LatentCache is not among them: it cannot be loaded without transformers.
 __all__ = [
     "BudgetError",
     "CheckpointError",
@@ -84,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC})

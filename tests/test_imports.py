@@ -97,6 +97,7 @@ ARROWS = {
     "compress": ["compress", "options", "figure", "kernels.attention_extents",
                  "kernels.attention_tiles", "kernels.feed_forward_tiles"],
     "checkpoints": ["checkpoints", "compress", "options"],
+    "latent_cache": ["latent_cache", "compress.modules", "compress.joint_modules"],
 }  # fmt: skip
 
 
@@ -210,6 +211,13 @@ def test_the_package_is_not_found_below_itself():
     assert f"{TOP}.tests" not in found
     assert f"{TOP}.bench" not in found
     assert f"{TOP}.examples" not in found
+
+
+def test_latent_cache_is_public_and_loads_transformers_when_asked_for():
+    assert "LatentCache" in dir(flashsvd_compile)
+    assert "LatentCache" not in flashsvd_compile.__all__
+    assert flashsvd_compile.LatentCache.__module__ == f"{TOP}.latent_cache.cache"
+    assert "transformers" in _loaded_by("from flashsvd_compile import LatentCache")
 
 
 def test_public_names():

@@ -93,6 +93,7 @@ class Miss:
 class Facts:
     """Filled by the sweep, read-only afterwards.
 
+    ``appended``: concatenations of inputs and lifts, each with the dimension along which;
     ``ended``: why a tensor that was made of scores is none of attention's any more.
     """
 
@@ -107,6 +108,7 @@ class Facts:
     lost: dict[fx.Node, Lost] = field(default_factory=dict)
     weights: set[fx.Node] = field(default_factory=set)
     inputs: set[fx.Node] = field(default_factory=set)
+    appended: dict[fx.Node, Dim] = field(default_factory=dict)
     mutated: set[fx.Node] = field(default_factory=set)
     regions: dict[fx.Node, int] = field(default_factory=dict)
     candidates: list[AttentionCandidate | FeedForwardCandidate] = field(default_factory=list)

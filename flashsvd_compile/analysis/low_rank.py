@@ -13,13 +13,17 @@ def is_low_rank(facts: Facts, fact: Factored) -> bool:
     """Is the latent narrower than what it came from and what it becomes?
 
     It must itself be a product with a factor (then it is narrower than that product's input), or
-    an input of the graph.
+    an input of the graph, or such tensors one after the other: latents of more tokens, as a cache
+    of latents has them.
     """
     rank, width = fact.rank_size(facts.space), volume(fact.lifted_atoms(facts.space))
     if not isinstance(rank, sympy.Integer) or not isinstance(width, sympy.Integer):
         return False
     if fact.latent.node in facts.inputs:
         return bool(rank < width)
+    if (along := facts.appended.get(fact.latent.node)) is not None:
+        leaves = facts.space.leaves
+        return bool(rank < width) and not set(leaves(along)) & set(leaves(fact.rank))
     inner = facts.factored.get(fact.latent.node)
     return inner is not None and bool(rank < inner.rank_size(facts.space)) and bool(rank <= width)
 

@@ -193,6 +193,8 @@ def _carry(facts: Facts, source: fx.Node, node: fx.Node, moved: Moved) -> None:
         return
     if source in facts.inputs:
         facts.inputs.add(node)
+    if source in facts.appended:
+        facts.appended[node] = facts.appended[source]
     if (fact := facts.factored.get(source)) is not None:
         facts.factored[node] = fact.cut(facts.space, moved.cut) if moved.cut else fact
     if source in facts.lost:
@@ -229,6 +231,8 @@ def _cat(facts: Facts, node: fx.Node) -> None:
     named = arguments(node)
     parts = [facts.factored.get(part) for part in named["tensors"]]
     found = [part for part in parts if part is not None]
+    if all(part in facts.inputs or part in facts.factored for part in named["tensors"]):
+        facts.appended[node] = facts.axes[node][named["dim"] % len(facts.axes[node])]
     if not found or len(found) != len(parts):
         reason = reason_at(node, Code.OP_NOT_CARRIED, str(node.target), "a number or a mask")
         attention_rules.miss_here(facts, node, reason)

@@ -108,10 +108,22 @@ class NarrowHeadsLinear(_Narrow):
         padding = (0, 0, 0, self.head_dim - self.rank)
         return F.pad(self.weight, padding).flatten(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        latents = F.linear(x, self.weight.flatten(0, 1), self.bias)
+    @property
+    def latent_features(self) -> int:
+        """How many numbers a token's latent has, all heads together."""
+        return self.num_heads * self.rank
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """[.., in] → [.., H·r], with the bias."""
+        return F.linear(x, self.weight.flatten(0, 1), self.bias)
+
+    def lifted(self, latents: Tensor) -> Tensor:
+        """[.., H·r] → [.., H·D]: zeros behind each head's latent."""
         lift = self.lift.to(latents.dtype)
         return F.linear(latents.unflatten(-1, (self.num_heads, self.rank)), lift).flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lifted(self.latents_of(x))
 
 
 class NarrowInputLinear(_Narrow):

@@ -15,6 +15,10 @@ module                       ``u``                 ``v``                 output
 run anywhere; they write the latent *and* the full-width output to memory. Not doing so is the
 compiler's work. They round to the activations' dtype at the latent and at the output, and per
 head once more, before the bias.
+
+What makes heads has two halves, ``forward(x) == lifted(latents_of(x))``: `LowRankLinear` with
+latents [.., r] and `PerHeadLowRankLinear` with [.., H·r], head after head (``LatentCache``
+keeps what is between them).
 """
 
 import math
@@ -103,8 +107,21 @@ class LowRankLinear(_LowRank):
     ) -> None:
         super().__init__(in_features, (), out_features, rank, bias, device, dtype)
 
+    @property
+    def latent_features(self) -> int:
+        """How many numbers a token's latent has."""
+        return self.rank
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """[.., in] → [.., r]."""
+        return F.linear(x, self.u)
+
+    def lifted(self, latents: Tensor) -> Tensor:
+        """[.., r] → [.., out], with the bias."""
+        return F.linear(latents, self.v, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.u), self.v, self.bias)
+        return self.lifted(self.latents_of(x))
 
 
 class PerHeadLowRankLinear(_LowRank):
@@ -127,9 +144,22 @@ class PerHeadLowRankLinear(_LowRank):
         self.num_heads = num_heads
         self.head_dim = head_dim
 
+    @property
+    def latent_features(self) -> int:
+        """How many numbers a token's latent has, all heads together."""
+        return self.num_heads * self.rank
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """[.., in] → [.., H·r]."""
+        return F.linear(x, self.u.flatten(0, 1))
+
+    def lifted(self, latents: Tensor) -> Tensor:
+        """[.., H·r] → [.., H·D], with the bias."""
+        by_head = latents.unflatten(-1, (self.num_heads, self.rank))
+        return self._biased(torch.einsum("...hr,hdr->...hd", by_head, self.v).flatten(-2))
+
     def forward(self, x: Tensor) -> Tensor:
-        latents = F.linear(x, self.u.flatten(0, 1)).unflatten(-1, (self.num_heads, self.rank))
-        return self._biased(torch.einsum("...hr,hdr->...hd", latents, self.v).flatten(-2))
+        return self.lifted(self.latents_of(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,1 @@
+"""A cache of decoders that keeps keys and values in rank space."""
