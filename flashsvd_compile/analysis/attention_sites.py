@@ -49,9 +49,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     q_width, k_width = (facts.atoms(o.node, o.feature) for o in operands[:2])
     space.align(q_width, k_width)
 
-    core = between(
-        facts, [found.node], {*(o.node for o in operands), *(m.node for m in found.masks)}
-    )
+    beside = {*(m.node for m in found.masks), *([found.sink] if found.sink else [])}
+    core = between(facts, [found.node], {*(o.node for o in operands), *beside})
     regions = [lift_region(facts, operand.node) for operand in operands]
     allowed = core.union(*(r for r in regions if r))
     whys = [
@@ -113,6 +112,7 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         is_causal=found.is_causal,
         masks=found.masks,
         shared=lifts,
+        softcap=found.softcap,
     )
 
 
