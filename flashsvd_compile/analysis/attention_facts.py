@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Dim, Dims
+from flashsvd_compile.analysis.factored import Labelled
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class ScoreMask:
     dims: Dims
     fill: float | None = None
     fill_where: bool = True
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A logit beside those of the keys: ``column`` is joined to the scores, and ``tensor`` what it
+    was before it was repeated, its dimensions named by the scores' atoms."""
+
+    column: fx.Node
+    tensor: Labelled
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Probabilities:
     scale: float
     masks: tuple[ScoreMask, ...]
     softcap: float = 0.0
-    sink: fx.Node | None = None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class SinkScores:
     """
 
     scores: Scores
-    sink: fx.Node
+    sink: Sink
     keys: Dim
     columns: Dim
     is_softmax: bool = False

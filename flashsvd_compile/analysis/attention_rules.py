@@ -92,6 +92,10 @@ def product(facts: Facts, product: Contraction, dims: Dims) -> None:
                 return
             _weighted_sum(facts, product, dims, side, other)
             return
+        if weights in facts.sinks:
+            observed = f"{product.node.target} of the sink's column, too"
+            miss_here(facts, product.node, reason_at(product.node, Code.OP_NOT_CARRIED, observed))
+            return
         values = (product.left, product.right)[other]
         if (
             weights in facts.ended
@@ -209,7 +213,7 @@ def softmax(facts: Facts, node: fx.Node) -> None:
     dims = facts.axes[named["self"]]
     facts.axes[node] = dims
     over = facts.space.leaves(dims[named["dim"] % len(dims)])
-    found = _probabilities(facts, scores, over)
+    found = probabilities_of(facts, scores, over)
     if found is None:
         required = "softmax over the keys"
         reason = reason_at(node, Code.SOFTMAX_AXIS, f"softmax over dim {named['dim']}", required)
@@ -218,7 +222,7 @@ def softmax(facts: Facts, node: fx.Node) -> None:
     facts.probabilities[node] = found
 
 
-def _probabilities(facts: Facts, scores: Scores, over: Dim) -> Probabilities | None:
+def probabilities_of(facts: Facts, scores: Scores, over: Dim) -> Probabilities | None:
     """The softmax of ``scores`` along the atoms ``over``; None where those are not the keys."""
     left, right = (facts.space.leaves(rows) for rows in (scores.left_rows, scores.right_rows))
     if over not in (left, right):
@@ -312,6 +316,7 @@ def miss_here(facts: Facts, node: fx.Node, reason: Reason) -> None:
         for fact in (facts.scores.get(source), facts.probabilities.get(source))
         if fact is not None
     ]
+    known += [facts.sinks[source].scores for source in node.all_input_nodes if source in facts.sinks]
     for fact in known:
         ends = (fact.left, fact.right) if isinstance(fact, Scores) else (fact.query, fact.key)
         if any(end.node in facts.factored for end in ends):

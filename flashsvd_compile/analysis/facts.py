@@ -11,6 +11,7 @@ from flashsvd_compile.analysis.attention_facts import (
     Probabilities,
     ScoreMask,
     Scores,
+    Sink,
     SinkScores,
 )
 from flashsvd_compile.analysis.axes import AxisSpace, Dim, Dims
@@ -74,7 +75,7 @@ class AttentionCandidate:
     is_causal: bool
     masks: tuple[ScoreMask, ...]
     softcap: float = 0.0
-    sink: fx.Node | None = None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
