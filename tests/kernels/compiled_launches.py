@@ -71,6 +71,8 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
         k_factor=empty(2, head_dim, ranks[1], dtype=dtype),
         v_factor=empty(2, head_dim_v, ranks[2], dtype=dtype),
         q_bias=empty(2, head_dim, dtype=dtype), v_bias=empty(2, head_dim_v, dtype=dtype),
+        softcap=50.0 if case.get("is_capped") else 0.0,
+        k_bias=empty(2, head_dim, dtype=dtype), sink=empty(2, dtype=dtype) if case.get("has_sink") else None,
     )  # fmt: skip
     attention.rank_space_attention(operands, tile=tile, sram_budget=sram_bytes)
     return tile, attention_tiles.sram_bytes_of(tile, of)
