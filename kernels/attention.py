@@ -93,6 +93,7 @@ def rank_space_attention(
             keys_multiple=power_of_two_in(shape.keys) if isinstance(shape.keys, int) else None,
             generation=generation_of(q.device),
             is_describable=can_be_described,
+            is_capped=of.softcap > 0,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)

@@ -152,7 +152,8 @@ def _store(
 def _finish(
     latent, row_sum, of_sink, v_factor, v_bias, out, queries, ranks_v,
     stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-    HAS_SINK: tl.constexpr, D_V: tl.constexpr, R_V: tl.constexpr, R_V_PADDED: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_SINK: tl.constexpr, D_V: tl.constexpr, R_V: tl.constexpr, R_V_PADDED: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     QUERIES_FIT: tl.constexpr, ALIGNED_FV: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -206,7 +207,8 @@ def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.
 
 @triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, mask, out, k_described, v_described,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, mask, out,
+    k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -372,12 +374,10 @@ def rank_space_attention_kernel(
         k_described if DESCRIBED else k, v_described if DESCRIBED else v, mask, place,
         queries, ranks_k, ranks_v, mask_rows, shift,
         stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None,
-        ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
+        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
+        BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
     )  # fmt: skip
-    beside = _exponential_of(
-        of_sink, reference, in_sink, HAS_SINK, MASK == "added"
-    )
+    beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
     _finish(
         latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
         stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
@@ -404,12 +404,11 @@ def rank_space_attention_kernel(
                 first_key, first_checked, end, reference, q_latent, k, v, mask, place,
                 queries, ranks_k, ranks_v, mask_rows, shift,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-                BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION, INTERPRETED,
+                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS,
+                IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION,
+                INTERPRETED,
             )  # fmt: skip
-            beside = _exponential_of(
-                of_sink, reference, in_sink, HAS_SINK, MASK == "added"
-            )
+            beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
             _finish(
                 latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
                 stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,

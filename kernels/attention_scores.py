@@ -10,12 +10,9 @@ block, N] of one block of queries at a time. Rounds to the operands' dtype: the 
 """
 
 import torch
+from flashsvd_compile.kernels.attention_extents import BLOCK_QUERIES
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from torch import Tensor
-
-# Queries whose scores are in memory at a time. A block costs five small operators and the masks'
-# slices; a matmul of 128 rows is as fast as a longer one on a CPU's cores.
-BLOCK_QUERIES = 128
 
 
 def attend_by_scores(

@@ -78,9 +78,7 @@ class Scores:
 
     def scaled(self, factor: float) -> "Scores":
         # c · tanh(s / c · x) times f is |f| c · tanh(f s / (|f| c) · x).
-        return replace(
-            self, scale=self.scale * factor, softcap=self.softcap * abs(factor)
-        )
+        return replace(self, scale=self.scale * factor, softcap=self.softcap * abs(factor))
 
     def masked(self, mask: ScoreMask) -> "Scores":
         return replace(self, masks=(*self.masks, mask))

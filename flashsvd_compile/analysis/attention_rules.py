@@ -316,7 +316,9 @@ def miss_here(facts: Facts, node: fx.Node, reason: Reason) -> None:
         for fact in (facts.scores.get(source), facts.probabilities.get(source))
         if fact is not None
     ]
-    known += [facts.sinks[source].scores for source in node.all_input_nodes if source in facts.sinks]
+    known += [
+        facts.sinks[source].scores for source in node.all_input_nodes if source in facts.sinks
+    ]
     for fact in known:
         ends = (fact.left, fact.right) if isinstance(fact, Scores) else (fact.query, fact.key)
         if any(end.node in facts.factored for end in ends):

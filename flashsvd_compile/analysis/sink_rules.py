@@ -10,13 +10,14 @@ Any other way on ends them, with a reason.
 
 import operator
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import Scores, Sink, SinkScores
 from flashsvd_compile.analysis.attention_rules import miss_here, probabilities_of
 from flashsvd_compile.analysis.axes import Dim, same, shape_of, volume
-from flashsvd_compile.analysis.calls import aten, arguments, constant, is_tensor, packet, value
+from flashsvd_compile.analysis.calls import arguments, aten, constant, is_tensor, packet, value
 from flashsvd_compile.analysis.factored import Labelled, label_like
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.layout import Moved
@@ -101,23 +102,24 @@ def _is_shifted(facts: Facts, node: fx.Node, source: fx.Node) -> bool:
         named["self"] is source
         and constant(named["alpha"]) == 1
         and axis is not None
-        and is_maximum(named["other"], source, axis)
+        and _is_maximum(named["other"], source, axis)
     )
 
 
-def is_maximum(node: object, of: fx.Node, axis: int) -> bool:
+def _is_maximum(node: Any, of: fx.Node, axis: int) -> bool:
     """Is ``node`` the maximum of ``of`` along ``axis``, which it keeps?"""
     if not isinstance(node, fx.Node):
         return False
     if packet(node) is aten.detach:
-        return is_maximum(node.args[0], of, axis)
+        return _is_maximum(node.args[0], of, axis)
+    reduction: Any = node
     if node.target is operator.getitem and node.args[1] == 0:
-        node = node.args[0]  # type: ignore[assignment]
-        if node.target is not aten.max.dim:
+        reduction = node.args[0]
+        if reduction.target is not aten.max.dim:
             return False
     elif packet(node) is not aten.amax:
         return False
-    named, rank = arguments(node), value(of).dim()
+    named, rank = arguments(reduction), value(of).dim()
     over = named["dim"] if isinstance(named["dim"], (list, tuple)) else [named["dim"]]
     return named["self"] is of and named["keepdim"] and [d % rank for d in over] == [axis]
 
@@ -156,8 +158,10 @@ def cut(facts: Facts, source: fx.Node, node: fx.Node, moved: Moved) -> None:
         or not same(shape_of(value(node))[axis], keys)
         or not is_tensor(node)
     ):
-        observed = f"{node.target} of weights with a sink" if fact.is_softmax else (
-            f"{node.target} of scores beside a sink"
+        observed = (
+            f"{node.target} of weights with a sink"
+            if fact.is_softmax
+            else (f"{node.target} of scores beside a sink")
         )
         required = "its column cut off behind the softmax"
         miss_here(facts, node, reason_at(node, Code.OP_NOT_CARRIED, observed, required))

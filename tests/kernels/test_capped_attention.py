@@ -31,7 +31,9 @@ CAP = 2.0
 def launched(tile, of):
     """The kernel's result in memory that was NaN before."""
     shape = of.shape
-    memory = of.q.new_full((shape.batch, shape.queries, shape.num_heads, shape.head_dim_v), torch.nan)
+    memory = of.q.new_full(
+        (shape.batch, shape.queries, shape.num_heads, shape.head_dim_v), torch.nan
+    )
     return rank_space_attention(of, tile=tile, out=memory.transpose(1, 2))
 
 
