@@ -267,7 +267,8 @@ class _Layout:
         if of.mask == "added":
             if (of.is_capped or not (of.q_lifted or of.k_lifted)) and ahead:
                 return ahead * elements * ADDED_BYTES, 0
-            # Where scores need no scale and no cap the mask is what they are added to: no load to copy.
+            # Where scores need no scale and no cap the mask is what they are added to, and its load
+            # is none to copy.
             if not self.matmuls.are_exact:
                 return 0, elements * ADDED_BYTES // self._mask_steps
         return 0, 0

@@ -57,8 +57,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class AttentionCandidate:
-    """``node`` computes softmax(scale · query · key + masks) · value, ``softcap`` and ``sink`` as in
-    `Scores` and `SinkScores`.
+    """``node`` computes softmax(scale · query · key + masks) · value.
+
+    ``softcap`` and ``sink`` as `Scores` and `SinkScores` have them.
 
     ``batch``, ``rows`` and ``feature`` are the atoms of the output's dimensions.
     """
