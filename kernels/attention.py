@@ -93,6 +93,7 @@ def rank_space_attention(
             keys_multiple=power_of_two_in(shape.keys) if isinstance(shape.keys, int) else None,
             generation=generation_of(q.device),
             is_describable=can_be_described,
+            is_capped=of.softcap > 0,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
@@ -104,7 +105,11 @@ def rank_space_attention(
     batches = 1 if shape.batch <= MAX_GRID_EXTENT else -(-shape.batch // MAX_GRID_EXTENT)
     tiles = triton.cdiv(shape.queries, tile.block_m)
     grid = (tiles, num_heads * batches, triton.cdiv(shape.batch, batches))
-    optional = (of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, mask)
+    # Dense keys have theirs in them.
+    k_bias = None if of.k_factor is None else of.counted_k_bias
+    optional = (
+        of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink, mask,
+    )  # fmt: skip
     # An absent operand has strides of 0 and is never read.
     absent = absent_operand(q)
     operands = (
@@ -115,6 +120,7 @@ def rank_space_attention(
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
+        *_strides(k_bias, 2), *_strides(of.sink, 1),
         *_mask_strides(mask),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
@@ -125,11 +131,13 @@ def rank_space_attention(
         H=num_heads, H_Q=q.shape[1], H_K=k.shape[1], H_V=v.shape[1],
         H_FQ=_heads(of.q_factor), H_BQ=_heads(of.q_bias), H_FK=_heads(of.k_factor),
         H_FV=_heads(of.v_factor), H_BV=_heads(of.v_bias),
+        H_BK=_heads(k_bias), H_S=_heads(of.sink),
         D=shape.head_dim_qk, D_V=shape.head_dim_v,
         R_Q=shape.rank_q, R_K=shape.rank_k, R_V=shape.rank_v,
         HAS_Q_FACTOR=of.q_factor is not None, HAS_Q_BIAS=of.q_bias is not None,
         HAS_K_FACTOR=of.k_factor is not None,
         HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
+        HAS_K_BIAS=k_bias is not None, HAS_SINK=of.sink is not None, SOFTCAP=float(of.softcap),
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),

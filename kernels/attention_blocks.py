@@ -64,7 +64,7 @@ class BlockedAttention:
     def _of_heads(self, heads: slice) -> AttentionOperands:
         """The operands that have no batch, for those heads."""
         of = self.of
-        factors = ("q_factor", "q_bias", "k_factor", "v_factor", "v_bias")
+        factors = ("q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "k_bias", "sink")
         cut = {
             name: None if x is None else x[self._own_heads(x.shape[0], heads)]
             for name, x in ((name, getattr(of, name)) for name in factors)

@@ -13,6 +13,10 @@ MIN_EXTENT = 16
 MAX_LIFT_CHUNK = 64
 MAX_OUTPUT_CHUNK = 32
 
+# Queries whose scores library operators have in memory at a time, where there is a soft-cap or a
+# sink: a matmul of so many rows is as fast as a longer one on a CPU's cores.
+BLOCK_QUERIES = 128
+
 # No tile has more keys.
 MAX_TILE_KEYS = 256
 
@@ -63,8 +67,8 @@ class AttentionExtents:
     kernel knows them, "none", "scanned", "rows" or "added", or "any" of these where that is not
     known yet; ``keys_multiple``: `power_of_two_in` the number of keys, None where that is not.
     ``generation`` of the device, as ``"sm_90"``; ``is_describable``: whether k and v may be read
-    through tensor descriptors; ``is_widened``: whether the rank of an operand is not innermost in
-    memory.
+    through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``is_widened``: whether
+    the rank of an operand is not innermost in memory.
     """
 
     head_dim_qk: int
@@ -83,6 +87,7 @@ class AttentionExtents:
     generation: str = ""
     is_describable: bool = True
     is_widened: bool = False
+    is_capped: bool = False
 
     @property
     def has_warpgroups(self) -> bool:

@@ -18,6 +18,13 @@ sends its tile of queries round again, with the true maxima, found in a pass ove
 takes three times as long: rows of a mask that hide all keys do so, and biases that grow with
 distance (ALiBi), and in float16 sums from 2¹⁵ on.
 
+Soft-cap and sink. With SOFTCAP the scale is divided by it, tanh follows each product with P_k, and
+log2(e) goes into what multiplies it: the same three places, of the first tile, the maxima and the
+sums. A sink is no key: its exponential joins the sum once all keys are counted, and is inf or 0
+where it is far from the reference, as it should be. What a bias of v counts for is then the keys'
+share of the sum. b_k adds shift = q b_k to a row's scores, once a tile of queries: within tanh, or
+taken from the sink where there is none.
+
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read
 without it. Any other mask is read tile by tile.
@@ -43,6 +50,7 @@ import triton
 import triton.language as tl
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
+    capped,
     load_described,
     row_maximum,
     seen_keys,
@@ -116,14 +124,16 @@ def _lifted_query(
 
 @triton.jit
 def _store(
-    out, v_bias, output, has_seen, queries, columns, stride_om, stride_od, stride_vbd, M, D_V,
-    HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    out, v_bias, output, has_seen, share, queries, columns, stride_om, stride_od, stride_vbd, M,
+    D_V, HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SINK: tl.constexpr,
     QUERIES_FIT: tl.constexpr, COLUMNS_FIT: tl.constexpr,
 ):  # fmt: skip
     """Write ``columns`` of the output, as far as it reaches."""
     if HAS_V_BIAS:
         bias = load_bias(v_bias, columns, stride_vbd, D_V, COLUMNS_FIT)[None, :]
-        if HAS_MASK:
+        if HAS_SINK:
+            bias = bias * share[:, None]
+        elif HAS_MASK:
             bias = tl.where(has_seen[:, None], bias, 0.0)
         output += bias
     output = output.to(out.dtype.element_ty)
@@ -140,17 +150,25 @@ def _store(
 
 @triton.jit
 def _finish(
-    latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+    latent, row_sum, of_sink, v_factor, v_bias, out, queries, ranks_v,
     stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-    D_V: tl.constexpr, R_V: tl.constexpr, R_V_PADDED: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_SINK: tl.constexpr, D_V: tl.constexpr, R_V: tl.constexpr, R_V_PADDED: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     QUERIES_FIT: tl.constexpr, ALIGNED_FV: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Normalize and lift the latent output, add b_v to the rows that see a key, and store."""
+    """Normalize and lift the latent output, add b_v to the rows that see a key, and store.
+
+    ``of_sink``: the sink's exponential.
+    """
     has_seen = row_sum > 0
+    share = row_sum
     if HAS_MASK:
         row_sum = tl.where(has_seen, row_sum, 1.0)
+    if HAS_SINK:
+        row_sum += of_sink
+        share = share * (1 / row_sum)
     normalized = latent * (1 / row_sum)[:, None]
     # Unrolled, two chunks take 1 to 2% less of all time at ranks 32 to 64 with 512 keys (H100 80GB
     # HBM3, torch 2.11.0, triton 3.6.0, 2026-11-26); wider or odd ones spill hundreds of bytes.
@@ -167,19 +185,30 @@ def _finish(
             )  # fmt: skip
             lifted = dot(normalized, factor, None, PRECISION, INTERPRETED)
             _store(
-                out, v_bias, lifted, has_seen, queries, columns, stride_om, stride_od, stride_vbd,
-                M, D_V, HAS_V_BIAS, HAS_MASK, QUERIES_FIT, COLUMNS_FIT,
+                out, v_bias, lifted, has_seen, share, queries, columns, stride_om, stride_od,
+                stride_vbd, M, D_V, HAS_V_BIAS, HAS_MASK, HAS_SINK, QUERIES_FIT, COLUMNS_FIT,
             )  # fmt: skip
     else:
         _store(
-            out, v_bias, normalized, has_seen, queries, ranks_v, stride_om, stride_od, stride_vbd,
-            M, D_V, HAS_V_BIAS, HAS_MASK, QUERIES_FIT, COLUMNS_FIT,
+            out, v_bias, normalized, has_seen, share, queries, ranks_v, stride_om, stride_od,
+            stride_vbd, M, D_V, HAS_V_BIAS, HAS_MASK, HAS_SINK, QUERIES_FIT, COLUMNS_FIT,
         )  # fmt: skip
 
 
 @triton.jit
+def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.constexpr):
+    """exp(sink - shift) over exp(reference), that of base 2 unless ``NATURAL``."""
+    if not HAS_SINK:
+        return reference
+    if NATURAL:
+        return tl.exp2((sink - shift - reference) * LOG2E)
+    return tl.exp2(sink * LOG2E - shift - reference)
+
+
+@triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, mask, out, k_described, v_described,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, mask, out,
+    k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -188,16 +217,19 @@ def rank_space_attention_kernel(
     stride_kfh, stride_kfd, stride_kfr,
     stride_vfh, stride_vfd, stride_vfr,
     stride_vbh, stride_vbd,
+    stride_kbh, stride_kbd,
+    stride_sh,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
     scale, B, M, N, first_batch, first_head,
     BATCHES: tl.constexpr, H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
     H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
-    H_FV: tl.constexpr, H_BV: tl.constexpr,
+    H_FV: tl.constexpr, H_BV: tl.constexpr, H_BK: tl.constexpr, H_S: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr,
     R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
+    HAS_K_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -232,6 +264,7 @@ def rank_space_attention_kernel(
     k_factor += head // (H // H_FK) * stride_kfh
     v_factor += head // (H // H_FV) * stride_vfh
     v_bias += head // (H // H_BV) * stride_vbh
+    k_bias += head // (H // H_BK) * stride_kbh
     mask += batch * stride_mb + head * stride_mh
     out += (batch + first_batch) * stride_ob + (head + first_head) * stride_oh
 
@@ -270,11 +303,17 @@ def rank_space_attention_kernel(
             k, ranks_k[:, None], tl.arange(0, BLOCK_N).to(tl.int64)[None, :], stride_kr, stride_kn,
             R_K, N - first_key, R_K_PADDED > R_K, not FITS, ALIGNED_K, 1,
         )  # fmt: skip
+    of_sink = 0.0
+    if HAS_SINK:
+        of_sink = tl.load(sink + head // (H // H_S) * stride_sh).to(tl.float32)
     mask_rows = tl.zeros([1, 1], tl.int64)
     if MASK == "added" or MASK == "rows":
         mask_rows = tl.minimum(queries, M - 1)[:, None]
 
     # q̃, the queries that latent keys are scored with
+    shift = 0.0
+    if HAS_K_BIAS:
+        shift = tl.zeros([BLOCK_M], tl.float32)
     if HAS_K_FACTOR:
         q_latent = tl.zeros([BLOCK_M, R_K_PADDED], tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
@@ -289,6 +328,9 @@ def rank_space_attention_kernel(
                 M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
                 ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
             ).to(DTYPE)  # fmt: skip
+            if HAS_K_BIAS:
+                bias = load_bias(k_bias, columns, stride_kbd, D, D % BLOCK_D == 0)
+                shift += tl.sum(lifted.to(tl.float32) * bias[None, :], 1)
             q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
     else:
         q_latent = _lifted_query(
@@ -301,8 +343,13 @@ def rank_space_attention_kernel(
     # Inductor hands a number over as float64, in which all that it meets would be computed.
     scale = tl.cast(scale, tl.float32)
     # A q̃ that is rounded anyway takes the scale along; dense queries keep their exact values.
-    if MASK != "added":
+    if SOFTCAP > 0:
+        scale = scale * (1 / SOFTCAP)
+    elif MASK != "added":
         scale = scale * LOG2E
+    if HAS_K_BIAS:
+        shift = shift * scale
+    in_sink = shift if SOFTCAP == 0 else 0.0
     if IS_SCALED:
         q_latent = q_latent * scale
     q_latent = q_latent.to(DTYPE)
@@ -310,28 +357,31 @@ def rank_space_attention_kernel(
     if SEEKS_MAXIMUM:
         reference = row_maximum(
             first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED, MASK,
+            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
             IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, PRECISION, INTERPRETED,
         )  # fmt: skip
     else:
         reference = dot(q_latent, first_tile, None, PRECISION, INTERPRETED)
         if not IS_SCALED:
             reference = reference * scale
+        reference = capped(reference, shift, SOFTCAP, HAS_K_BIAS, MASK == "added")
         reference = tl.max(reference, 1)
         # A query that is not a number spoils its scores; it shall not where it sees no key.
         reference = tl.where(reference == reference, reference, 0.0)
     row_sum, latent = stream_keys(
         first_key, first_checked, end, reference, q_latent,
         k_described if DESCRIBED else k, v_described if DESCRIBED else v, mask, place,
-        queries, ranks_k, ranks_v, mask_rows,
+        queries, ranks_k, ranks_v, mask_rows, shift,
         stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-        R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None,
-        ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
+        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
+        BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
     )  # fmt: skip
+    beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
     _finish(
-        latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+        latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
         stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-        D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+        HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
         QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
     )  # fmt: skip
     if not SEEKS_MAXIMUM:
@@ -346,19 +396,22 @@ def rank_space_attention_kernel(
         if (tl.sum(is_right.to(tl.int32)) < BLOCK_M) & has_keys:
             reference = row_maximum(
                 first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-                stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED, MASK,
+                shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+                SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
                 IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
             )  # fmt: skip
             row_sum, latent = stream_keys(
                 first_key, first_checked, end, reference, q_latent, k, v, mask, place,
-                queries, ranks_k, ranks_v, mask_rows,
+                queries, ranks_k, ranks_v, mask_rows, shift,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-                R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-                BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION, INTERPRETED,
+                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS,
+                IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION,
+                INTERPRETED,
             )  # fmt: skip
+            beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
             _finish(
-                latent, row_sum, v_factor, v_bias, out, queries, ranks_v,
+                latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
                 stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-                D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+                HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
                 QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
             )  # fmt: skip

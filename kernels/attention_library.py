@@ -10,6 +10,8 @@ unit strides along it (torch 2.13: ``use_flash_attention_cpp``), or else falls b
 memory: the narrower latent is padded with zero columns, which change neither scores nor output. A
 GPU's does so where the width is no multiple of 16 bytes, or where heads come in groups and there is
 a mask or more than 16 bits (torch 2.11: ``sdp_utils.cpp``): there latents are padded and repeated.
+A soft-cap or a sink SDPA does not have: there scores of a block of queries at a time are in memory
+(``attention_scores.py``), at the two ranks as they are.
 Each operator rounds to the dtype: q̃ (and V_qᵀ V_k), the latent output, the output.
 """
 
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_operands import AttentionOperands, AttentionShape
 from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
+from flashsvd_compile.kernels.attention_scores import attend_by_scores
 from torch import Tensor
 
 GPU_ALIGNED_BYTES = 16
@@ -30,6 +33,8 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     queries = _rank_space_queries(of)
     if mask is not None:
         mask = attention_mask(mask, is_causal, shape.queries, shape.keys, of.q.dtype)
+    if not of.is_plain:
+        return _by_scores(of, queries, mask)
     width = attended_width(of)
     in_groups = not of.q.is_cuda or (mask is None and of.q.element_size() == 2)
     # The least common multiple divides num_heads, as both do.
@@ -46,6 +51,20 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, of.num_heads)
     if of.v_bias is not None and mask is not None:
         output = torch.where(_sees_a_key(mask), output, 0.0)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _by_scores(of: AttentionOperands, queries: Tensor, mask: Tensor | None) -> Tensor:
+    num_heads, shift = of.num_heads, None
+    if of.counted_k_bias is not None and of.k_factor is not None:
+        # q b_k, one number for all keys
+        columns = repeat_heads(of.counted_k_bias, num_heads, 0)[:, :, None]
+        shift = _lift(of.q, of.q_factor, of.q_bias, num_heads) @ columns
+    keys, values = (repeat_heads(x, num_heads, 1) for x in (of.k, of.v))
+    latent, weight = attend_by_scores(of, queries, keys, values, shift, mask)
+    output = _lift(latent, of.v_factor, None, num_heads)
+    if of.v_bias is not None:
+        output = output + weight * repeat_heads(of.v_bias, num_heads, 0)[:, None, :]
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 

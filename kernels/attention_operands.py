@@ -3,6 +3,12 @@
     q̃      = (P_q V_qᵀ + b_q) V_k          scores = scale · q̃ P_kᵀ + mask
     output = (softmax(scores) P_v) V_vᵀ + b_v
 
+and, with a ``softcap`` c or a ``sink`` t of each head,
+
+    scores  = c · tanh(scale · (q̃ P_kᵀ + q b_k) / c) + mask
+    weights = exp(scores) / (Σ exp(scores) + exp(t))
+    output  = (weights P_v) V_vᵀ + (Σ weights) b_v
+
 =============  ======================  ============================================
 operand        shape                   meaning
 =============  ======================  ============================================
@@ -14,17 +20,21 @@ operand        shape                   meaning
 ``v_factor``   [H_fv, D_v, R_v]        V_v; None where ``v`` is dense
 ``q_bias``     [H_bq, D]               b_q
 ``v_bias``     [H_bv, D_v]             b_v
+``k_bias``     [H_bk, D]               b_k, which only a soft-cap or a sink lets count
+``sink``       [H_t]                   t, floating; None: nothing beside the keys is attended to
 ``mask``       [B|1, H|1, M|1, N|1]    bool (True attends), or floating and added
 output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 =============  ======================  ============================================
 
 Each operand's own number of heads divides H = ``num_heads``: head h reads its head
 h // (H // H_x), so that 1 is shared by all and the groups of GQA need no copy. The bias of k
-adds one constant to all scores of a query, which softmax drops. With ``is_causal`` query m sees
+adds one constant to all scores of a query, which softmax drops: but not from within tanh, nor
+beside a sink, which it does not shift. With ``is_causal`` query m sees
 key n iff n <= m, and the mask, if any, counts as well. A query that sees no key gives exactly
 zero, without b_v. Strides are free, 0 among them: nothing is expanded to be read.
 """
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -66,8 +76,21 @@ class AttentionOperands:
     k_factor: Tensor | None = None
     v_factor: Tensor | None = None
     v_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    sink: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
+    softcap: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether softmax over scaled and masked scores is all there is: no soft-cap, no sink."""
+        return self.softcap == 0 and self.sink is None
+
+    @property
+    def counted_k_bias(self) -> Tensor | None:
+        """b_k where it changes the result."""
+        return None if self.is_plain else self.k_bias
 
     @cached_property
     def shape(self) -> AttentionShape:
@@ -91,6 +114,7 @@ class AttentionOperands:
             "v_factor": (self.v_factor, (None, head_dim_v, rank_v)),
             "q_bias": (self.q_bias, (None, head_dim_qk)),
             "v_bias": (self.v_bias, (None, head_dim_v)),
+            "k_bias": (self.k_bias, (None, head_dim_qk)),
         }
         for name, (operand, expected) in operands.items():
             if operand is not None:
@@ -106,8 +130,12 @@ class AttentionOperands:
             if operand.dtype != q.dtype or operand.device != q.device:
                 raise ValueError(
                     f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
-                    "all operands but the mask must share both"
+                    "all operands but the mask and the sink must share both"
                 )
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"softcap must be 0 (none) or positive, got {self.softcap}")
+        if self.sink is not None:
+            _check_sink(self.sink, num_heads, q.device)
         if self.mask is not None:
             _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)
         return AttentionShape(
@@ -123,6 +151,15 @@ def _check(name: str, operand: Tensor, expected: tuple[int | None, ...]) -> None
     if not fits:
         wanted = ", ".join("heads" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} must be [{wanted}], got {list(operand.shape)}")
+
+
+def _check_sink(sink: Tensor, num_heads: int, device: torch.device) -> None:
+    if sink.dim() != 1 or sink.shape[0] < 1 or num_heads % sink.shape[0]:
+        raise ValueError(
+            f"sink must be [heads], a divisor of num_heads {num_heads}, got {list(sink.shape)}"
+        )
+    if not sink.dtype.is_floating_point or sink.device != device:
+        raise ValueError(f"sink must be floating and on {device}, got {sink.dtype}, {sink.device}")
 
 
 def _check_mask(mask: Tensor, full: tuple[int, ...], device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
     softmax(scale · (P_q V_qᵀ + b_q) (P_k V_kᵀ)ᵀ + mask) (P_v V_vᵀ + b_v)
 
+or, with a soft-cap or a sink, what ``attention_scores.py`` makes of q, k (with b_k) and v.
+
 Plain differentiable torch for any dtype and device, with the operands of
 :mod:`attention_operands`. Q, K and V exist at full width, [B, H, ·, D]; each is rounded to the
 dtype once, as an unfused model does.
@@ -10,6 +12,7 @@ dtype once, as an unfused model does.
 import torch
 import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
+from flashsvd_compile.kernels.attention_scores import attend_by_scores
 from torch import Tensor
 
 
@@ -17,11 +20,14 @@ def lifted_attention(of: AttentionOperands) -> Tensor:
     """Lift q, k and v, then attend. Returns [B, H, M, D_v] in memory laid out [B, M, H, D_v]."""
     shape = of.shape
     queries = lift(of.q, of.q_factor, of.q_bias, of.num_heads)
-    keys = lift(of.k, of.k_factor, None, of.num_heads)
+    keys = lift(of.k, of.k_factor, of.counted_k_bias, of.num_heads)
     values = lift(of.v, of.v_factor, of.v_bias, of.num_heads)
     mask = of.mask
     if mask is not None:
         mask = attention_mask(mask, of.is_causal, shape.queries, shape.keys, of.q.dtype)
+    if not of.is_plain:
+        output, _ = attend_by_scores(of, queries, keys, values, None, mask)
+        return output.transpose(1, 2).contiguous().transpose(1, 2)
     output = F.scaled_dot_product_attention(
         queries,
         keys,

@@ -265,9 +265,10 @@ class _Layout:
             can_copy = self.keys_multiple % 16 == 0 and a_thread >= 4 and ahead
             return (ahead * elements, 0) if can_copy else (0, elements)
         if of.mask == "added":
-            if not (of.q_lifted or of.k_lifted) and ahead:
+            if (of.is_capped or not (of.q_lifted or of.k_lifted)) and ahead:
                 return ahead * elements * ADDED_BYTES, 0
-            # Where scores need no scale the mask is what they are added to: no load to copy.
+            # Where scores need no scale and no cap the mask is what they are added to, and its load
+            # is none to copy.
             if not self.matmuls.are_exact:
                 return 0, elements * ADDED_BYTES // self._mask_steps
         return 0, 0

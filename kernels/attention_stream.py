@@ -4,11 +4,13 @@ Notation as in ``attention_kernel.py``. ``position`` is the first key of a tile,
 ``v`` and ``mask`` point; where DESCRIBED, ``k`` and ``v`` are tensor descriptors of [B, H_x, N, R]
 instead, and ``place`` is the batch, the head of k and the head of v in them. MASK is "none",
 "scanned" (boolean and alike for all queries), "rows" (boolean, differing between queries) or
-"added" (floating).
+"added" (floating). ``shift``, where HAS_SHIFT, is what b_k adds to a row's scores within tanh, in
+the units of scale · scores.
 """
 
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.activations_triton import activate
 from flashsvd_compile.kernels.primitives import dot
 from flashsvd_compile.kernels.tile_loads import load_tile
 
@@ -50,10 +52,22 @@ def seen_keys(mask, stride_mn, N):
 
 
 @triton.jit
+def capped(scores, shift, SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, NATURAL: tl.constexpr):
+    """SOFTCAP · tanh(scores + shift), of base 2 unless ``NATURAL``; the scale has been divided by
+    SOFTCAP. ``scores`` as they are where that is 0."""
+    if SOFTCAP > 0:
+        if HAS_SHIFT:
+            scores += shift[:, None]
+        CAP: tl.constexpr = SOFTCAP if NATURAL else SOFTCAP * LOG2E
+        scores = activate(scores, "tanh", False) * CAP
+    return scores
+
+
+@triton.jit
 def _masked_scores(
-    position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows,
+    position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows, shift,
     stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
-    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED_K: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -76,6 +90,7 @@ def _masked_scores(
     scores = dot(q_latent, key_tile, None, PRECISION, INTERPRETED)
     if not IS_SCALED:
         scores = scores * scale
+    scores = capped(scores, shift, SOFTCAP, HAS_SHIFT, MASK == "added")
     if MASK == "added":
         scores += mask_tile.to(tl.float32)
     elif MASK == "rows":
@@ -94,9 +109,9 @@ def _masked_scores(
 
 @triton.jit
 def row_maximum(
-    first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
+    first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows, shift,
     stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
-    R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -109,7 +124,8 @@ def row_maximum(
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
             position, first_checked, q_latent, k, mask, None, queries, keys, ranks_k, mask_rows,
-            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            SOFTCAP, HAS_SHIFT, R_K, R_K_PADDED,
             MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, False, PRECISION, INTERPRETED,
         )  # fmt: skip
         maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -128,8 +144,9 @@ def _summed_by_lane(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def stream_keys(
     first_key, first_checked, end, reference, q_latent, k, v, mask, place,
-    queries, ranks_k, ranks_v, mask_rows,
+    queries, ranks_k, ranks_v, mask_rows, shift,
     stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
+    SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr,
     R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -147,7 +164,8 @@ def stream_keys(
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
             position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows,
-            stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N, R_K, R_K_PADDED,
+            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            SOFTCAP, HAS_SHIFT, R_K, R_K_PADDED,
             MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, DESCRIBED, PRECISION, INTERPRETED,
         )  # fmt: skip
         weights = scores - reference[:, None]

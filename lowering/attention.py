@@ -43,12 +43,17 @@ def lower_attention(
     """
     query, key, val = site.query, site.key, site.value
     mask = _mask(site, builder, values)
+    sink = _sink(site, builder)
+    # b_k shifts all scores of a query: softmax drops that, but not from within tanh or by a sink.
+    counts = site.softcap or sink is not None or torch.is_grad_enabled()
+    k_bias = _bias(site, builder, key) if counts else None
     numbers: dict[str, Any] = {
         "num_heads": site.num_heads,
         "is_causal": site.is_causal or mask.is_causal,
         "scale": site.scale * query.scale * key.scale,
         "tile": list(tile),
         "sram_budget": sram_budget,
+        "softcap": site.softcap,
     }
     lifts = (
         _factor(site, builder, query),
@@ -60,10 +65,9 @@ def lower_attention(
     )
     if blocks is None:
         latents = (_latent(site, builder, arm) for arm in (query, key, val))
-        k_bias = _bias(site, builder, key) if torch.is_grad_enabled() else None
-        result = builder.call(ops.rank_space_attention, *latents, *lifts, k_bias, **numbers)
+        result = builder.call(ops.rank_space_attention, *latents, *lifts, k_bias, sink, **numbers)
     else:
-        result = _write_blocks(site, builder, blocks, lifts, numbers)
+        result = _write_blocks(site, builder, blocks, lifts, (k_bias, sink), numbers)
     result = builder.times(result, val.scale)
     labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))
     return builder.arrange(labelled, site.out_dims)
@@ -74,6 +78,7 @@ def _write_blocks(
     builder: Builder,
     blocks: AttentionBlocks,
     lifts: Sequence[fx.Node | None],
+    beside: Sequence[fx.Node | None],
     numbers: dict[str, Any],
 ) -> fx.Node:
     inputs: list[fx.Node] = []
@@ -98,6 +103,7 @@ def _write_blocks(
         *inputs,
         *lifts,
         *products,
+        *beside,
         heads=heads,
         block_batch=blocks.batch,
         block_heads=blocks.heads,
@@ -132,6 +138,15 @@ def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
         node = builder.cast(builder.arrange(bias.tensor, [heads, arm.width]), site.dtype)
         terms.append(builder.times(node, bias.scale / arm.scale))
     return builder.fold(aten.add.Tensor, terms)
+
+
+def _sink(site: AttentionSite, builder: Builder) -> fx.Node | None:
+    """One logit for each head, or for each leading part of the heads."""
+    if site.sink is None:
+        return None
+    atoms = set(site.sink.atoms(builder.space))
+    heads = tuple(atom for atom in site.heads if atom in atoms)
+    return builder.arrange(site.sink, [heads])
 
 
 # ---- masks --------------------------------------------------------------------------------------

@@ -41,15 +41,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 
-# ``k_bias`` changes no result, as it adds one constant to all scores of a query: it is named only
-# so that training finds its gradient, which is zero, where the model's own graph would.
+# ``k_bias`` changes no result but under a soft-cap or beside a sink, as it adds one constant to all
+# scores of a query: else it is named only so that training finds its gradient, which is zero, where
+# the model's own graph would.
 _ATTENTION_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask", "k_bias",
+    "sink",
 )  # fmt: skip
 # ``q``, ``k`` and ``v`` are x where there is a factor that makes the latent of it, ``q_u``.
 _ATTENTION_BLOCKS_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask",
-    "q_u", "q_latent_bias", "k_u", "k_latent_bias", "v_u", "v_latent_bias",
+    "q_u", "q_latent_bias", "k_u", "k_latent_bias", "v_u", "v_latent_bias", "k_bias", "sink",
 )  # fmt: skip
 _FEED_FORWARD_TENSORS = (
     "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
@@ -71,12 +73,13 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
 # blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
-# launcher to choose by; 0 for what the device has.
+# launcher to choose by; 0 for what the device has. ``softcap``: 0 for none.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(
         _ATTENTION_TENSORS,
-        "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0",
+        "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0, "
+        "float softcap=0.0",
     )
 )
 # ``heads``: of q, k and v, where x does not tell.
@@ -85,7 +88,7 @@ _LIBRARY.define(
     + _schema(
         _ATTENTION_BLOCKS_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] heads, int block_batch, "
-        "int block_heads, int[] tile, int sram_budget=0",
+        "int block_heads, int[] tile, int sram_budget=0, float softcap=0.0",
     )
 )
 _LIBRARY.define(
@@ -229,9 +232,7 @@ def _siblings_on_triton(*tensors: Any, biased: Sequence[int], tile: Sequence[int
 def _attention_operands(
     tensors: Sequence[Tensor | None], numbers: dict[str, Any]
 ) -> AttentionOperands:
-    named = _named(_ATTENTION_TENSORS, tensors)
-    named.pop("k_bias", None)
-    return AttentionOperands(**named, **numbers)
+    return AttentionOperands(**_named(_ATTENTION_TENSORS, tensors), **numbers)
 
 
 def _feed_forward_operands(
@@ -415,7 +416,7 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
 
 _differentiable(
     "rank_space_attention", recomputed_attention, _attention_operands,
-    ("num_heads", "is_causal", "scale"),
+    ("num_heads", "is_causal", "scale", "softcap"),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))

@@ -100,7 +100,7 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", {**_GATED, "sliding_window": WINDOW}, TAKEN),
     "qwen2": ("Qwen2ForCausalLM", _GATED, TAKEN),
     "qwen3": ("Qwen3ForCausalLM", {**_GATED, "head_dim": 16}, TAKEN),
-    "gemma2": ("Gemma2ForCausalLM", _GEMMA2, "aten.tanh"),
+    "gemma2": ("Gemma2ForCausalLM", _GEMMA2, TAKEN),
     "phi3": ("Phi3ForCausalLM", _GATED, TAKEN),
     "gpt2": ("GPT2LMHeadModel", _GPT2, TAKEN),
     "gpt_neox": (
@@ -110,7 +110,7 @@ FAMILIES = {
     ),
     "falcon": ("FalconForCausalLM", {**_SIZES, "parallel_attn": True}, TAKEN),
     "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 48}, TAKEN),
-    "gpt_oss": ("GptOssForCausalLM", _GPT_OSS, "aten.cat"),
+    "gpt_oss": ("GptOssForCausalLM", _GPT_OSS, TAKEN),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _DEEPSEEK, "mutated"),
     "t5": ("T5ForConditionalGeneration", _T5, TAKEN),
     "bart": ("BartForConditionalGeneration", _BART, TAKEN),

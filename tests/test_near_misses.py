@@ -124,9 +124,6 @@ SKIPPED = {
     "scale_from_the_input": (
         lambda self, q, k, v: _softmax(_scores(q, k) / q.abs().amax(), v),
         "data_dependent_scale", "aten.div.Tensor"),
-    "soft_cap": (
-        lambda self, q, k, v: _softmax(torch.tanh(_scores(q, k) / 20) * 20, v),
-        "op_not_carried", "aten.tanh"),
     "renormalised": (_renormalised, "op_not_carried", "aten.gt.Scalar"),
     "integer_mask_added": (
         lambda self, q, k, v: _softmax(_scores(q, k) + _square_mask(q), v),

@@ -2,8 +2,10 @@
 
     matmul(q, kᵀ)            Scores(q, k)
     · number, / number       the same scores, another scale
+    tanh                     capped scores: a number times them is their cap from there on
     + tensor, masked_fill    the same scores, one more mask
-    softmax over keys        Probabilities
+    cat with one column      SinkScores: softmax has one more term
+    softmax over keys        Probabilities; beside a sink, once its column is cut off
     dropout that is off, casts, views    the same facts, laid out otherwise
 
 The product of probabilities and v is then an attention site, as scaled_dot_product_attention is.
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Dim, Dims
+from flashsvd_compile.analysis.factored import Labelled
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,21 @@ class ScoreMask:
 
 
 @dataclass(frozen=True)
+class Sink:
+    """A logit beside those of the keys: ``column`` is joined to the scores, and ``tensor`` what it
+    was before it was repeated, its dimensions named by the scores' atoms."""
+
+    column: fx.Node
+    tensor: Labelled
+
+
+@dataclass(frozen=True)
 class Scores:
-    """``scale · left · right`` with masks; either operand may turn out to be the queries."""
+    """``scale · left · right`` with masks; either operand may turn out to be the queries.
+
+    ``softcap`` c, if not 0: scores are c · tanh(scale / c · left · right) before the masks. Any
+    number times the tanh of any other times the product is that, for some c > 0.
+    """
 
     node: fx.Node
     left: Operand
@@ -58,9 +74,11 @@ class Scores:
     right_rows: Dim
     scale: float = 1.0
     masks: tuple[ScoreMask, ...] = ()
+    softcap: float = 0.0
 
     def scaled(self, factor: float) -> "Scores":
-        return replace(self, scale=self.scale * factor)
+        # c · tanh(s / c · x) times f is |f| c · tanh(f s / (|f| c) · x).
+        return replace(self, scale=self.scale * factor, softcap=self.softcap * abs(factor))
 
     def masked(self, mask: ScoreMask) -> "Scores":
         return replace(self, masks=(*self.masks, mask))
@@ -77,3 +95,19 @@ class Probabilities:
     key_rows: Dim
     scale: float
     masks: tuple[ScoreMask, ...]
+    softcap: float = 0.0
+    sink: Sink | None = None
+
+
+@dataclass(frozen=True)
+class SinkScores:
+    """Scores with one more column behind the keys, ``sink``; or, ``is_softmax``, their softmax.
+
+    ``columns``: the dimension of keys and sink together; ``keys``: that of the keys alone.
+    """
+
+    scores: Scores
+    sink: Sink
+    keys: Dim
+    columns: Dim
+    is_softmax: bool = False

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 from torch import fx
@@ -90,6 +91,10 @@ def product(facts: Facts, product: Contraction, dims: Dims) -> None:
                 )
                 return
             _weighted_sum(facts, product, dims, side, other)
+            return
+        if weights in facts.sinks:
+            observed = f"{product.node.target} of the sink's column, too"
+            miss_here(facts, product.node, reason_at(product.node, Code.OP_NOT_CARRIED, observed))
             return
         values = (product.left, product.right)[other]
         if (
@@ -196,6 +201,8 @@ def _weighted_sum(facts: Facts, product: Contraction, dims: Dims, side: int, oth
             scale=fact.scale,
             is_causal=False,
             masks=fact.masks,
+            softcap=fact.softcap,
+            sink=fact.sink,
         )
     )
 
@@ -206,19 +213,27 @@ def softmax(facts: Facts, node: fx.Node) -> None:
     dims = facts.axes[named["self"]]
     facts.axes[node] = dims
     over = facts.space.leaves(dims[named["dim"] % len(dims)])
-    left, right = (facts.space.leaves(rows) for rows in (scores.left_rows, scores.right_rows))
-    if over not in (left, right):
+    found = probabilities_of(facts, scores, over)
+    if found is None:
         required = "softmax over the keys"
         reason = reason_at(node, Code.SOFTMAX_AXIS, f"softmax over dim {named['dim']}", required)
         miss_here(facts, node, reason)
         return
+    facts.probabilities[node] = found
+
+
+def probabilities_of(facts: Facts, scores: Scores, over: Dim) -> Probabilities | None:
+    """The softmax of ``scores`` along the atoms ``over``; None where those are not the keys."""
+    left, right = (facts.space.leaves(rows) for rows in (scores.left_rows, scores.right_rows))
+    if over not in (left, right):
+        return None
     query, key = (scores.left, scores.right) if over == right else (scores.right, scores.left)
     query_rows, key_rows = (
         (scores.left_rows, scores.right_rows) if over == right
         else (scores.right_rows, scores.left_rows)
     )  # fmt: skip
-    facts.probabilities[node] = Probabilities(
-        query, key, scores.batch, query_rows, key_rows, scores.scale, scores.masks
+    return Probabilities(
+        query, key, scores.batch, query_rows, key_rows, scores.scale, scores.masks, scores.softcap
     )
 
 
@@ -229,13 +244,16 @@ def elementwise(facts: Facts, node: fx.Node) -> bool:
         return False
     source = operands[0]
     scores = facts.scores[source]
-    changed = _scaled(node, source, scores) or _masked(facts, node, source, scores)
+    changed = _scaled(node, source, scores) or _capped(node, scores)
+    changed = changed or _masked(facts, node, source, scores)
     shape = [shape_of(value(n)) for n in (node, source)]
     if changed is None or len(operands) > 1 or not all(map(same, *shape)):
-        code = Code.OP_NOT_CARRIED
+        code, observed = Code.OP_NOT_CARRIED, str(node.target)
+        if packet(node) is aten.tanh:
+            observed += " of capped scores" if scores.softcap else " of masked scores"
         if packet(node) in (aten.mul, aten.div):
             code = Code.DATA_DEPENDENT_SCALE
-        miss_here(facts, node, reason_at(node, code, str(node.target), "a number or a mask"))
+        miss_here(facts, node, reason_at(node, code, observed, "a number or a mask"))
         return True
     facts.axes[node] = facts.axes[source]
     facts.scores[node] = changed
@@ -245,13 +263,19 @@ def elementwise(facts: Facts, node: fx.Node) -> bool:
 def _scaled(node: fx.Node, source: fx.Node, scores: Scores) -> Scores | None:
     others = [a for a in node.args[:2] if a is not source]
     number = constant(others[0]) if len(others) == 1 else None
-    if number is None or scores.masks:
+    if number is None or scores.masks or (scores.softcap and not number):
         return None
     if packet(node) is aten.mul:
         return scores.scaled(number)
     if packet(node) is aten.div and node.args[0] is source and number:
         return scores.scaled(1 / number)
     return None
+
+
+def _capped(node: fx.Node, scores: Scores) -> Scores | None:
+    if packet(node) is not aten.tanh or scores.masks or scores.softcap:
+        return None
+    return replace(scores, softcap=1.0)
 
 
 def _masked(facts: Facts, node: fx.Node, source: fx.Node, scores: Scores) -> Scores | None:
@@ -291,6 +315,9 @@ def miss_here(facts: Facts, node: fx.Node, reason: Reason) -> None:
         for source in node.all_input_nodes
         for fact in (facts.scores.get(source), facts.probabilities.get(source))
         if fact is not None
+    ]
+    known += [
+        facts.sinks[source].scores for source in node.all_input_nodes if source in facts.sinks
     ]
     for fact in known:
         ends = (fact.left, fact.right) if isinstance(fact, Scores) else (fact.query, fact.key)

@@ -5,17 +5,15 @@ others batch, but for those that a mask tells apart.
 """
 
 import sympy
-import torch
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import Operand
 from flashsvd_compile.analysis.axes import Atom, Dim, volume
-from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Factored, Labelled
 from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
-from flashsvd_compile.analysis.layout import is_layout
 from flashsvd_compile.analysis.low_rank import is_low_rank, lost_in_earnest
 from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
+from flashsvd_compile.analysis.repeats import unrepeated
 from flashsvd_compile.analysis.shared_lifts import share_lifts, shared_lift
 from flashsvd_compile.analysis.site_records import Arm, AttentionSite
 from flashsvd_compile.reason import Code, Reason, reason_at
@@ -49,9 +47,10 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     q_width, k_width = (facts.atoms(o.node, o.feature) for o in operands[:2])
     space.align(q_width, k_width)
 
-    core = between(
-        facts, [found.node], {*(o.node for o in operands), *(m.node for m in found.masks)}
-    )
+    beside = {m.node for m in found.masks}
+    if found.sink is not None:
+        beside |= {found.sink.column, found.sink.tensor.node}
+    core = between(facts, [found.node], {*(o.node for o in operands), *beside})
     regions = [lift_region(facts, operand.node) for operand in operands]
     allowed = core.union(*(r for r in regions if r))
     whys = [
@@ -72,6 +71,9 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         or any(atoms[i].broadcast for atoms in positions[1:3])
         for i in range(len(positions[0]))
     ]
+    if found.sink is not None:
+        of_sink = set(found.sink.tensor.atoms(space))
+        in_heads = [h or a in of_sink for h, a in zip(in_heads, positions[3], strict=True)]
     if not any(in_heads):
         in_heads = _as_masks_vary(facts, found, positions[3])
     split = [
@@ -81,6 +83,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     ]  # fmt: skip
     if not isinstance(volume(split[3][1]), sympy.Integer):
         return reason_at(found.node, Code.BAD_LAYOUT, "a symbolic number of heads", "a number")
+    if found.sink is not None and not _is_leading(split[3][1], set(found.sink.tensor.atoms(space))):
+        return reason_at(found.sink.column, Code.BAD_LAYOUT, "a sink of some heads of each group")
     arms: list[Arm] = []
     for operand, own_rows, region, why, (own_batch, own_heads) in zip(
         operands, rows, regions, whys, split, strict=False
@@ -113,6 +117,8 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         is_causal=found.is_causal,
         masks=found.masks,
         shared=lifts,
+        softcap=found.softcap,
+        sink=None if found.sink is None else found.sink.tensor,
     )
 
 
@@ -197,7 +203,7 @@ def _arm(
     width = facts.atoms(node, operand.feature)
     if not isinstance(volume(width), sympy.Integer):
         return reason_at(node, Code.BAD_LAYOUT, "a symbolic head_dim", "a number")
-    held = _unrepeated(facts, node, facts.regions[result])
+    held = unrepeated(facts, node, facts.regions[result])
     dense = Labelled((held,), facts.axes[held])
     if not _is_leading(heads, set(dense.atoms(space))):
         return reason_at(node, Code.BAD_LAYOUT, "heads repeated over the outer dimension")
@@ -227,33 +233,6 @@ def _arm(
         dense, fact.latent, rank, batch, heads, rows, width, fact.factor, fact.biases, fact.scale,
         region,
     )  # fmt: skip
-
-
-def _unrepeated(facts: Facts, node: fx.Node, region: int) -> fx.Node:
-    """What ``node`` holds more than once, before it was repeated: such as the keys of each group.
-
-    A copy that repeats need not be written then. ``region``: of the graph, where it is read; a
-    repeat in another one may stop gradients.
-    """
-    found = node
-    while any(atom.broadcast for atom in facts.all_atoms(found)):
-        source = found.args[0] if is_layout(found) else None
-        if not isinstance(source, fx.Node) or source not in facts.axes or source in facts.mutated:
-            return node
-        if facts.regions[found] != region or _kind(source) != _kind(node):
-            return node
-        if _varying(facts, source) != _varying(facts, node):
-            return node
-        found = source
-    return found
-
-
-def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device]:
-    return value(node).dtype, value(node).device
-
-
-def _varying(facts: Facts, node: fx.Node) -> set[Atom]:
-    return {atom for atom in facts.all_atoms(node) if not atom.broadcast}
 
 
 def _is_leading(heads: Dim, atoms: set[Atom]) -> bool:

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis.attention_facts import Operand, Probabilities, ScoreMask, Scores
+from flashsvd_compile.analysis.attention_facts import (
+    Operand,
+    Probabilities,
+    ScoreMask,
+    Scores,
+    Sink,
+    SinkScores,
+)
 from flashsvd_compile.analysis.axes import AxisSpace, Dim, Dims
 from flashsvd_compile.analysis.calls import (
     aliased_argument,
@@ -52,6 +59,8 @@ class Lost:
 class AttentionCandidate:
     """``node`` computes softmax(scale · query · key + masks) · value.
 
+    ``softcap`` and ``sink`` as `Scores` and `SinkScores` have them.
+
     ``batch``, ``rows`` and ``feature`` are the atoms of the output's dimensions.
     """
 
@@ -66,6 +75,8 @@ class AttentionCandidate:
     scale: float
     is_causal: bool
     masks: tuple[ScoreMask, ...]
+    softcap: float = 0.0
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class Facts:
     factored: dict[fx.Node, Factored] = field(default_factory=dict)
     scores: dict[fx.Node, Scores] = field(default_factory=dict)
     probabilities: dict[fx.Node, Probabilities] = field(default_factory=dict)
+    sinks: dict[fx.Node, SinkScores] = field(default_factory=dict)
     ended: dict[fx.Node, Reason] = field(default_factory=dict)
     pointwise: dict[fx.Node, Pointwise] = field(default_factory=dict)
     lost: dict[fx.Node, Lost] = field(default_factory=dict)

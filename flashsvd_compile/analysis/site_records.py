@@ -89,10 +89,12 @@ class Site:
 
 @dataclass(frozen=True)
 class AttentionSite(Site):
-    """softmax(scale · q kᵀ + masks) v, with ``batch``, ``heads``, ``rows``, ``keys``, ``width``
+    """softmax(scale · q kᵀ + masks) v, or softmax(softcap · tanh(scale / softcap · q kᵀ) + masks) v
+    where ``softcap`` is not 0, with ``batch``, ``heads``, ``rows``, ``keys``, ``width``
     the output's and the masks' atoms.
 
-    ``shared``: the lifts of arms that others read, too.
+    ``sink``: a logit of each head [H_t] that softmax weighs beside the keys. ``shared``: the lifts
+    of arms that others read, too.
     """
 
     kind: ClassVar[str] = "attention"
@@ -110,6 +112,8 @@ class AttentionSite(Site):
     is_causal: bool
     masks: tuple[ScoreMask, ...]
     shared: tuple[SharedLift, ...] = ()
+    softcap: float = 0.0
+    sink: Labelled | None = None
 
     @property
     def num_heads(self) -> int:

@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis import attention_rules, product_rules
+from flashsvd_compile.analysis import attention_rules, product_rules, sink_rules
 from flashsvd_compile.analysis.axes import Dims, same, shape_of
 from flashsvd_compile.analysis.calls import (
     arguments,
@@ -106,6 +106,10 @@ def _infer(facts: Facts, node: fx.Node) -> None:
         attention_rules.sdpa(facts, node)
     elif packet(node) in (aten.softmax, aten._softmax) and node.args[0] in facts.scores:
         attention_rules.softmax(facts, node)
+    elif packet(node) in (aten.softmax, aten._softmax) and node.args[0] in facts.sinks:
+        sink_rules.softmax(facts, node)
+    elif packet(node) in (aten.amax, aten.max) and node.args[0] in facts.sinks:
+        return  # may be subtracted: then it is no end of them
     elif packet(node) is aten.dropout:
         _dropout(facts, node)
     elif packet(node) in (aten.cat, aten.concat, aten.concatenate):
@@ -200,8 +204,10 @@ def _carry(facts: Facts, source: fx.Node, node: fx.Node, moved: Moved) -> None:
     if source in facts.lost:
         facts.lost[node] = facts.lost[source]
     if moved.cut is not None:
+        if source in facts.sinks:
+            sink_rules.cut(facts, source, node, moved)
         return
-    for table in (facts.scores, facts.probabilities):
+    for table in (facts.scores, facts.probabilities, facts.sinks):
         if source in table:
             table[node] = table[source]  # type: ignore[assignment]
     if source in facts.pointwise and is_layout(node):
@@ -228,6 +234,8 @@ def _dropout(facts: Facts, node: fx.Node) -> None:
 
 
 def _cat(facts: Facts, node: fx.Node) -> None:
+    if sink_rules.join(facts, node):
+        return
     named = arguments(node)
     parts = [facts.factored.get(part) for part in named["tensors"]]
     found = [part for part in parts if part is not None]
@@ -249,7 +257,8 @@ def _cat(facts: Facts, node: fx.Node) -> None:
 def _elementwise(facts: Facts, node: fx.Node) -> None:
     # A product of two graph inputs may be scores or a lift: what follows tells.
     is_lift = any(source in facts.factored for source in tensor_inputs(node))
-    if attention_rules.elementwise(facts, node) and not is_lift:
+    is_attention = attention_rules.elementwise(facts, node) or sink_rules.elementwise(facts, node)
+    if is_attention and not is_lift:
         return
     _affine(facts, node)
     _stretch(facts, node)

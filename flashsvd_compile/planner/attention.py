@@ -133,6 +133,7 @@ def _attention_tiling(
         is_float16=site.dtype == torch.float16,
         mask="any" if site.masks else "none",  # of what kind is seen when it is lowered
         is_causal=site.is_causal,
+        is_capped=site.softcap > 0,
         keys_multiple=attention_extents.power_of_two_in(int(keys)) if keys.is_number else None,
         generation=device.generation,
     )

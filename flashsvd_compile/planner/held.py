@@ -15,6 +15,7 @@ from flashsvd_compile.analysis.site_records import (
     FeedForwardSite,
     Outer,
 )
+from flashsvd_compile.kernels.attention_extents import BLOCK_QUERIES
 from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
 from flashsvd_compile.memory.view import Lowered
 from flashsvd_compile.planner.device import Device
@@ -114,6 +115,15 @@ def _scratch(plan: Plan, on_gpu: bool, of_mask: _MaskScratch) -> Size:
     return scratch
 
 
+def _scores_scratch(site: AttentionSite, heads: Size, rows: Size, keys: Size) -> Size:
+    """Of ``kernels/attention_scores.py``: keys and values of all heads, and of a block of queries
+    the scores as they come, before and behind an operator, and the weights."""
+    queries = sympy.Min(rows, BLOCK_QUERIES)
+    repeated = keys * (site.key.rank_size + site.value.rank_size) * site.dtype.itemsize
+    of_scores = 2 * max(site.dtype.itemsize, 4) + 2 * site.dtype.itemsize
+    return heads * (repeated + queries * keys * of_scores)
+
+
 def _library_scratch(
     site: AttentionSite, batch: Size, heads: Size, of_mask: _MaskScratch, in_blocks: bool
 ) -> Size:
@@ -139,6 +149,8 @@ def _library_scratch(
     attending = element * (queries + padding + latent - (0 if in_blocks else output))
     attending += flash_scratch_bytes(batch, heads, rows, keys, width, site.dtype)
     attending += of_mask.attending
+    if site.softcap or site.sink is not None:
+        attending += _scores_scratch(site, batch * heads, rows, keys)
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
     asking = element * (queries + latent + (output if in_blocks else 0)) + of_mask.asking
     return sympy.Max(attending, lifting, asking)

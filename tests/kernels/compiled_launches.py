@@ -54,6 +54,7 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
         is_float16=case["dtype"] == "float16", mask="none" if mask == "none" else "any",
         is_causal=case.get("is_causal", False), generation=case["generation"],
         keys_multiple=attention_extents.power_of_two_in(rows),
+        is_capped=case.get("is_capped", False),
     )  # fmt: skip
     tile = attention_tiles.default_tile(of, sram_bytes)
     if tile is None:
@@ -71,6 +72,9 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
         k_factor=empty(2, head_dim, ranks[1], dtype=dtype),
         v_factor=empty(2, head_dim_v, ranks[2], dtype=dtype),
         q_bias=empty(2, head_dim, dtype=dtype), v_bias=empty(2, head_dim_v, dtype=dtype),
+        softcap=50.0 if case.get("is_capped") else 0.0,
+        k_bias=empty(2, head_dim, dtype=dtype),
+        sink=empty(2, dtype=dtype) if case.get("has_sink") else None,
     )  # fmt: skip
     attention.rank_space_attention(operands, tile=tile, sram_budget=sram_bytes)
     return tile, attention_tiles.sram_bytes_of(tile, of)

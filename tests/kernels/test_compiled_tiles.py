@@ -46,6 +46,8 @@ SOME = [
     attention("sm_120", 48, 64, mask="added", is_causal=True),
     attention("sm_90", 227, [200, 200, 64], head_dims=[256, 256]),
     attention("sm_90", 227, 64),  # described
+    attention("sm_90", 227, 128, mask="added", is_causal=True, is_capped=True, has_sink=True),
+    attention("sm_80", 163, 64, mask="added", is_capped=True),
     attention("sm_86", 99, 32, dtype="float32"),
     feed_forward("sm_86", 64, 240, False),
     feed_forward("sm_120", 99, 101, True),
@@ -65,6 +67,11 @@ GRID = [
         attention(generation, kib, [201, 201, 101], head_dims=[256, 256], mask="added"),
         attention(generation, kib, [64, 64, 200], head_dims=[128, 256], dtype="float16"),
         attention(generation, kib, [257, 257, 1], head_dims=[256, 256], mask="added"),
+        *(
+            attention(generation, kib, rank, mask=mask, is_capped=capped, has_sink=True)
+            for rank, mask in ((40, "scanned"), (64, "rows"), (128, "added"))
+            for capped in (False, True)
+        ),
         *(attention(generation, kib, rank, dtype="float32") for rank in (16, 40, 96)),
         *(
             feed_forward(generation, kib, rank, gated)
