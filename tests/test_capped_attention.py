@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import flashsvd_compile as fsc
+from flashsvd_compile.reason import Code
 from tests.spelled import (
     ALL_LOW_RANK,
     HEAD_DIM,
@@ -170,6 +172,23 @@ def test_few_rows(rows, sink, tmp_path):
         into = tmp_path / str(batch)
         into.mkdir()
         check(model, (hidden_states(batch, rows),), into=into)
+
+
+@pytest.mark.parametrize(("cap", "sink"), [("gemma2", no_sink), ("plain", _gpt_oss)])
+def test_a_cpu_leaves_them_to_unfused(cap, sink):
+    """Where neither is asked for by name: a GPU's kernel has them, a CPU's library has not."""
+    model, x = Attention(CAPS.get(cap, plain), sink), hidden_states(8, 512)
+
+    def lowering(**where):
+        (found,) = (s for s in fsc.explain(model, x, **where).sites if s.kind == "attention")
+        return found
+
+    on_cpu = lowering()
+    assert on_cpu.lowering == "unfused"
+    assert on_cpu.reason.code is Code.NOT_PROFITABLE
+    assert "on a CPU" in on_cpu.reason.observed
+    model, x = model.bfloat16(), x.bfloat16()
+    assert lowering(device="h100").lowering == "rank_space"
 
 
 # ---- gradients ----------------------------------------------------------------------------------

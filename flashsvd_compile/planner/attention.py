@@ -39,8 +39,9 @@ def plan_attention(
     if options.attention == "unfused":
         why = reason_at(site.node, Code.FORCED, "attention='unfused'")
     elif rank_space is not None:
-        if options.attention == "auto" and device.type == "cuda" and site.dtype.itemsize == 4:
-            why = _not_measured(site)
+        slower = _slower_than_told(site, device)
+        if options.attention == "auto" and slower is not None:
+            why = slower
         elif options.attention == "rank_space" or seconds < unfused_seconds:
             rival = slower_rival(site, "unfused", unfused_seconds, seconds)
             return replace(rank_space, unfused_bytes=base.transient_bytes, rivals=(rival,))
@@ -150,6 +151,15 @@ def _attention_tiling(
     return tiling
 
 
-def _not_measured(site: AttentionSite) -> Reason:
-    """Exact float32 has no tensor cores; library kernels stay until measured otherwise."""
-    return reason_at(site.node, Code.NOT_PROFITABLE, "float32 on a GPU", "bfloat16 or float16")
+def _slower_than_told(site: AttentionSite, device: Device) -> Reason | None:
+    """Why ``auto`` leaves a site to unfused, whatever the costs say, or None."""
+    if device.type == "cuda" and site.dtype.itemsize == 4:
+        # Exact float32 has no tensor cores; library kernels stay until measured otherwise.
+        return reason_at(site.node, Code.NOT_PROFITABLE, "float32 on a GPU", "bfloat16 or float16")
+    if device.type != "cuda" and (site.softcap or site.sink is not None):
+        # SDPA has neither, and scores in blocks of queries took 1.7 to 2.0 times as long as
+        # Inductor on the model's own expression: two layers of Gemma-2's kind (8 heads of 64, 512
+        # and 1024 tokens), Xeon 2.5 GHz, one thread, torch 2.13.0, 2026-11-28.
+        what = "a soft-cap" if site.softcap else "a sink"
+        return reason_at(site.node, Code.NOT_PROFITABLE, f"{what} on a CPU", "a GPU")
+    return None
