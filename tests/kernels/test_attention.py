@@ -455,11 +455,8 @@ def test_library_takes_flash_attention_and_never_the_scores(change, monkeypatch)
     assert k.shape[-1] == v.shape[-1] == max(latents[1].shape[-1], latents[2].shape[-1])
 
 
-@pytest.mark.parametrize("implementation", [rank_space_attention_library, lifted_attention])
-def test_differentiable(implementation):
-    small = {"head_dim": 5, "head_dim_v": 6, "ranks": (3, 4, 2)}
-    latents, keywords = to_float64(*operands(batch=1, queries=3, keys=4, mask=any_bool, **small))
-    names = ["q_factor", "q_bias", "k_factor", "v_factor", "v_bias"]
+def assert_differentiable(implementation, latents, keywords, names):
+    """By finite differences, in the latents and in the keywords that are ``names``, of float64."""
     inputs = [*latents, *(keywords[name] for name in names)]
 
     def call(q, k, v, *rest):
@@ -467,6 +464,14 @@ def test_differentiable(implementation):
         return implementation(AttentionOperands(q, k, v, **given))
 
     assert torch.autograd.gradcheck(call, [x.detach().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("implementation", [rank_space_attention_library, lifted_attention])
+def test_differentiable(implementation):
+    small = {"head_dim": 5, "head_dim_v": 6, "ranks": (3, 4, 2)}
+    latents, keywords = to_float64(*operands(batch=1, queries=3, keys=4, mask=any_bool, **small))
+    names = ["q_factor", "q_bias", "k_factor", "v_factor", "v_bias"]
+    assert_differentiable(implementation, latents, keywords, names)
 
 
 @pytest.mark.parametrize(

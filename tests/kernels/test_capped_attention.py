@@ -19,6 +19,7 @@ from tests.kernels.test_attention import (
     TILE,
     added,
     any_bool,
+    assert_differentiable,
     operands,
     padding,
     to_float64,
@@ -220,13 +221,7 @@ def test_differentiable(implementation, altered):
     )
     names = ["q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "k_bias"]
     names += ["sink"] if "sink" in keywords else []
-    inputs = [*latents, *(keywords[name] for name in names)]
-
-    def call(q, k, v, *rest):
-        given = keywords | dict(zip(names, rest, strict=True))
-        return implementation(AttentionOperands(q, k, v, **given))
-
-    assert torch.autograd.gradcheck(call, [x.detach().requires_grad_() for x in inputs])
+    assert_differentiable(implementation, latents, keywords, names)
 
 
 @pytest.mark.parametrize(
