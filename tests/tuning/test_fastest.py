@@ -4,6 +4,7 @@ Without a GPU a clock that says what it is told stands for events, and the libra
 take no notice of a tile, for the kernel.
 """
 
+import itertools
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
@@ -85,7 +86,9 @@ def feed_forward_node(rows=600, rank=8, width=24, dtype=torch.bfloat16):
 def test_operands_are_as_the_graph_has_them():
     node = attention_node(ranks=(8, 24, 5), mask="rows", offset=3)
     call = example_of(node)
-    for operand, tensor in zip(call.allocate(), [*node.args, None], strict=True):
+    operands = call.allocate()
+    assert len(operands) == len(call.operator.tensors)
+    for operand, tensor in itertools.zip_longest(operands, node.args):
         if tensor is None:
             assert operand is None
             continue
