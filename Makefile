@@ -38,6 +38,7 @@ bench: $(ENV)
 	$(PY) -m bench.siblings
 	$(PY) -m bench.encoder
 	$(PY) -m bench.training
+	$(PY) -m bench.decode
 	$(PY) -m bench.memory
 	$(PY) -m bench.choices
 	$(PY) -m bench.compile_time
