@@ -1,6 +1,6 @@
 """The activations of ``activations.py`` for a float32 tile on chip.
 
-`activate(x, ACTIVATION, SHORT)` is branch-free, propagates NaN, and is finite for finite x.
+`activate(x, ACTIVATION, SHORT)` is branch-free, propagates NaN, and is finite wherever torch's is.
 
 The Gaussian GELU's erf costs some 25 instructions an element and bounds a streamed feed-forward at
 small ranks. Where the result is rounded to 16 bits (``SHORT``), a shorter form is taken:

@@ -41,11 +41,11 @@ CPU_FASTEST_FROM_BLOCKS = 2
 # under Inductor, for 14% of its bytes; blocks of 1024 rows 1.22 times, of 16384 rows 1.01 times.
 # torch 2.11.0, bfloat16, 2026-11-26.
 #
-# Lifted at once, a block is half as wide and launched by fewer kernels. Same H100 and day, triton
-# 3.6.0, how many times as fast as Inductor: SiLU gate of rank 384 (F 3072) at 16384 rows, blocks of
-# 2112, 4224, 8448 and 16896 rows: 0.84, 1.05, 1.16, 1.20; GELU of rank 384 at 65536 rows: 0.80,
-# 0.99, 1.14, 1.21, and 1.31 in one block; SiLU gate of rank 1024 (32768 rows, F 11008): 0.85, 0.96,
-# 0.98, 0.99.
+# Lifted at once, a block has no second buffer for a gate and is launched by fewer kernels. Same
+# H100 and day, triton 3.6.0, how many times as fast as Inductor: SiLU gate of rank 384 (F 3072) at
+# 16384 rows, blocks of 2112, 4224, 8448 and 16896 rows: 0.84, 1.05, 1.16, 1.20; GELU of rank 384 at
+# 65536 rows: 0.80, 0.99, 1.14, 1.21, and 1.31 in one block; SiLU gate of rank 1024 (32768 rows,
+# F 11008): 0.85, 0.96, 0.98, 0.99.
 GEMM_TILE = 128
 GPU_WAVES = 2
 GPU_WAVES_AT_ONCE = 4
@@ -220,9 +220,12 @@ def _lift_at_once(
 
 
 def _takes(of: FeedForwardOperands, factors: Sequence[Tensor]) -> bool:
-    """Whether the kernel that lifts and activates takes ``factors`` and the rest of ``of``."""
+    """Whether the kernel that lifts and activates takes ``factors`` and the rest of ``of``: it is
+    one for 16 bits."""
     from flashsvd_compile.kernels.primitives import is_describable
 
+    if of.up.element_size() != 2:
+        return False
     latents = [
         latent
         for latent, factor in zip((of.up, of.gate), factors, strict=False)

@@ -22,6 +22,7 @@ from flashsvd_compile.kernels.primitives import (
     Described,
     absent_operand,
     dot,
+    is_empty,
     launch,
 )
 from flashsvd_compile.kernels.tiles import TileConfig
@@ -104,7 +105,10 @@ def lift_and_activate(
     *,
     tile: TileConfig,
 ) -> Tensor:
-    """h [T, F] into ``out``, contiguous as biases are; latents and factors `is_describable`."""
+    """h [T, F] into ``out``, contiguous as biases are; latents and factors `is_describable`, all of
+    16 bits an element."""
+    if is_empty(out):
+        return out
     (rows, rank_up), width = up.shape, up_factor.shape[0]
     gate = up if gate is None else gate
     is_gated = gate_factor is not None

@@ -16,8 +16,9 @@ ELEMENT_BYTES = 2
 # triton 3.6.0, 2026-11-27.
 SRAM_SLACK_BYTES = 512
 
-# At most 112 registers a thread, whatever the activation (triton 3.9.0 for sm_90, 2026-11-28), and
-# 97 KiB: two programs share a multiprocessor, and one's matmuls hide the other's stores.
+# At most 112 registers a thread, whatever the activation, or 122 where ranks take one step (triton
+# 3.9.0 for sm_90, 2026-11-28), and 97 KiB: two programs share a multiprocessor, and one's matmuls
+# hide the other's stores.
 #
 # H200, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-28, the intermediate alone, with a SiLU gate:
 # rank 1024, 8448 × 11008, 0.656 ms (128 × 256 with 8 warps 0.728, 128 × 128 with 4 warps 0.682, two

@@ -3,10 +3,11 @@
 On CUDA the Triton kernels run, elsewhere the same mathematics on library operators; both take
 the operands that the graph names, so one rewritten graph serves every device. The compiler that
 follows sees a Triton kernel's launch as a node of its own; what runs on library operators stays
-opaque to it. A gradient recomputes the plain expression.
+opaque to it. A gradient recomputes the plain expression, and so has gradients itself.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -189,7 +190,8 @@ def _row_blocks(
     *tensors: Tensor | None, block_rows: int, tile: Sequence[int] = (), **numbers: Any
 ) -> Tensor:
     of = _feed_forward_operands(tensors, numbers)
-    return row_blocks_feed_forward(of, block_rows=block_rows, tile=_tile(tile))
+    lifting = _tile(tile) if of.up.is_cuda else None
+    return row_blocks_feed_forward(of, block_rows=block_rows, tile=lifting)
 
 
 def _whole_on_triton(*tensors: Tensor | None, tile: Sequence[int], **numbers: Any) -> Tensor:
@@ -313,8 +315,10 @@ def _is_in_pieces(
 ) -> bool:
     """Blocks that are written into parts of one output: as nodes of a graph they would be copied
     there."""
+    if not tile:
+        return True
     of = _feed_forward_operands(tensors, numbers)
-    is_one = bool(tile) and statically_known_true(of.rows <= block_rows)
+    is_one = statically_known_true(of.rows <= block_rows)
     return not is_one or not are_lifted_at_once(of)
 
 
@@ -383,6 +387,20 @@ def _siblings_shape(
 # ---- gradients ----------------------------------------------------------------------------------
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """On the device of ``tensor``."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _leaf(tensor: Tensor, needed: bool, again: bool) -> Tensor:
+    """What stands for ``tensor`` where its gradient is computed anew: a leaf, or, where that is to
+    have a gradient ``again``, a view, through which that finds the tensor itself."""
+    return tensor.view_as(tensor) if again else tensor.detach().requires_grad_(needed)
+
+
 def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[..., Any],
                     numbers: Sequence[str]) -> None:  # fmt: skip
     """Register the gradient of ``flashsvd::name``: that of ``plain`` over the same operands.
@@ -399,14 +417,22 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # ``wanted`` ends where the caller's arguments did: the rest of ``saved`` are Nones.
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        with torch.enable_grad():
+        again = torch.is_grad_enabled()  # whether this gradient is to have one of its own
+        # Autocast has had its say on the operands: what surrounds a backward shall have none.
+        with torch.enable_grad(), _without_autocast(grad):
             leaves = [
-                tensor if tensor is None else tensor.detach().requires_grad_(needed)
+                None if tensor is None else _leaf(tensor, needed, again)
                 for tensor, needed in zip(saved, wanted, strict=False)
             ]
             output = plain(record(leaves, ctx.numbers))
-        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(output, asked, grad, materialize_grads=True))
+            asked = [
+                leaf
+                for leaf, needed in zip(leaves, wanted, strict=False)
+                if leaf is not None and needed
+            ]
+            found = iter(
+                torch.autograd.grad(output, asked, grad, create_graph=again, materialize_grads=True)
+            )
         return tuple(next(found) if needed else None for needed in wanted)
 
     torch.library.register_autograd(
@@ -437,13 +463,15 @@ def _siblings_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
     x_wanted, weights_wanted, biases_wanted = ctx.needs_input_grad
     grad_x = None
-    if x_wanted:
-        grad_x = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x = torch.addmm(grad_x, grad, weight)
-    of_weights = [
-        grad.t() @ x if wanted else None for grad, wanted in zip(grads, weights_wanted, strict=True)
-    ]
+    with _without_autocast(x):
+        if x_wanted:
+            grad_x = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_x = torch.addmm(grad_x, grad, weight)
+        of_weights = [
+            grad.t() @ x if wanted else None
+            for grad, wanted in zip(grads, weights_wanted, strict=True)
+        ]
     of_biases = [
         grads[index].sum(0) if wanted else None
         for index, wanted in zip(ctx.biased, biases_wanted, strict=True)

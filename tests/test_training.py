@@ -205,6 +205,56 @@ def test_autocast_training():
             assert (have.double() - truth).norm() <= budget
 
 
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = low_rank(30, 60), low_rank(60, 30)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_gradients_of_gradients():
+    """A gradient penalty: what the first gradient was made of must have gradients, too."""
+    model, x = FeedForward().double(), hidden_states().double()
+
+    def penalty(forward):
+        model.zero_grad()
+        given = x.detach().requires_grad_()
+        y = forward(given)
+        (gradient,) = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        ((gradient.norm() - 1) ** 2 + y.square().mean()).backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = penalty(model)
+    with no_pass_may_fail():
+        got = penalty(compiled(model, "eager"))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_around_a_backward_is_none_of_its_business():
+    """What ran in float32 is computed anew in float32, where torch's own backward may not be."""
+    model, x = FeedForward(), hidden_states()
+
+    def under_autocast(forward):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            forward(x).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    model(x).square().mean().backward()
+    exact = [p.grad.double() for p in model.parameters()]
+    expected = under_autocast(model)
+    for compiler in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        with no_pass_may_fail():
+            got = under_autocast(compiled(model, compiler))
+        for have, want, truth in zip(got, expected, exact, strict=True):
+            error = (want - truth).norm()
+            assert (have - truth).norm() <= error + 1e-6 * truth.norm()
+
+
 # ---- the operators ------------------------------------------------------------------------------
 
 B, H, M, N, D, R = 2, 3, 4, 5, 6, 2
@@ -304,6 +354,19 @@ def test_gradcheck(op, make, name):
         return tuple(found) if isinstance(found, list) else found
 
     assert torch.autograd.gradcheck(of, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", _siblings_arguments())
+def test_siblings_under_autocast(name):
+    (x, weights, biases), numbers = _siblings_arguments()[name]
+    leaves = [t.detach().float().requires_grad_() for t in (x, *weights, *biases)]
+    count = len(weights)
+    outs = ops.sibling_linears(leaves[0], leaves[1 : 1 + count], leaves[1 + count :], **numbers)
+    loss = sum(out.square().sum() for out in outs)
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_the_streamed_feed_forward_has_shape_and_gradient_everywhere():

@@ -7,8 +7,9 @@ from typing import Any
 
 import sympy
 
-from flashsvd_compile.analysis.axes import Size, volume
-from flashsvd_compile.analysis.site_records import FeedForwardSite, Outer
+from flashsvd_compile.analysis.axes import Size, same, size_of, volume
+from flashsvd_compile.analysis.calls import value
+from flashsvd_compile.analysis.site_records import Arm, FeedForwardSite, Outer
 from flashsvd_compile.kernels import (
     feed_forward_blocks,
     feed_forward_tiles,
@@ -163,13 +164,16 @@ def _streamed_whole(site: FeedForwardSite, device: Device, options: Options) -> 
 def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan:
     arms = [site.up] if site.gate is None else [site.up, site.gate]
     ranks = [arm.rank_size for arm in arms]
-    tile = lifted_activation_tiles.default_tile(
-        ranks,
-        width=int(volume(site.width)),
-        element_bytes=site.dtype.itemsize,
-        generation=device.generation,
-        sram_bytes=(sram := sram_limit(device, options)),
-    )
+    sram = sram_limit(device, options)
+    tile = None
+    if all(map(_is_rank_innermost, arms)):  # as the kernel's descriptors read factors
+        tile = lifted_activation_tiles.default_tile(
+            ranks,
+            width=int(volume(site.width)),
+            element_bytes=site.dtype.itemsize,
+            generation=device.generation,
+            sram_bytes=sram,
+        )
     rows = feed_forward_blocks.default_block_rows(
         rank_down=int(volume(site.out)),
         multiprocessors=device.multiprocessors,
@@ -180,6 +184,20 @@ def _row_blocks(site: FeedForwardSite, device: Device, options: Options) -> Plan
     if tile is not None:
         tiling = only_tile(tile, lifted_activation_tiles.sram_bytes_of(tile, ranks), sram)
     return in_blocks_of(rows, Plan(site, "row_blocks", reason, tiling=tiling), device)
+
+
+def _is_rank_innermost(arm: Arm) -> bool:
+    """Whether a step along the rank is a step in memory, in the factor as it lies there or will
+    when it is cast: a view of another kind would have to be copied first."""
+    factor, last = arm.factor, arm.rank[-1:]
+    if factor is None or len(factor.nodes) != 1 or not last:
+        return False
+    strides = value(factor.node).stride()
+    return any(
+        same(size_of(stride), sympy.S.One)
+        for dim, stride in zip(factor.dims, strides, strict=True)
+        if dim[-1:] == last
+    )
 
 
 def in_blocks_of(rows: int, plan: Plan, device: Device) -> Plan:

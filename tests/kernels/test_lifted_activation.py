@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from flashsvd_compile.kernels import lifted_activation
 from flashsvd_compile.kernels.activations import ACTIVATIONS
+from flashsvd_compile.kernels.feed_forward_blocks import (
+    are_lifted_at_once,
+    one_block_feed_forward,
+    row_blocks_feed_forward,
+)
+from flashsvd_compile.kernels.feed_forward_operands import FeedForwardOperands
+from flashsvd_compile.kernels.feed_forward_reference import unfused_feed_forward
 from flashsvd_compile.kernels.lifted_activation import lift_and_activate
 from flashsvd_compile.kernels.lifted_activation_tiles import TILE as DEFAULT_TILE
 from flashsvd_compile.kernels.lifted_activation_tiles import default_tile
-from flashsvd_compile.kernels.primitives import INTERPRETED
+from flashsvd_compile.kernels.primitives import INTERPRETED, launch
 from flashsvd_compile.kernels.tiles import TileConfig
 
 from tests.rounding import assert_as_exact_as_eager
@@ -74,6 +82,56 @@ def test_rows_that_lie_apart():
     fused = torch.cat([up, gate], 1)
     lifts = [fused[:, :24], up_factor, up_bias, fused[:, 24:], gate_factor, gate_bias]
     assert_right(lifts, "gelu")
+
+
+@pytest.mark.parametrize("rank_gate", [None, 24])
+def test_no_rows(rank_gate):
+    out = torch.empty(0, 72, dtype=torch.float16, device=DEVICE)
+    lifts = operands(0, 72, 16, rank_gate, torch.float16)
+    assert lift_and_activate(out, *lifts, "silu", tile=TILE).shape == (0, 72)
+
+
+def padded_rows(x):
+    """The same numbers, in rows that no descriptor can step over."""
+    return torch.nn.functional.pad(x, (0, 1))[:, :-1]
+
+
+RESPELLED = {
+    "as_they_are": ({}, True),
+    "factor_by_rank": ({"up_factor": lambda x: x.t().contiguous().t()}, False),
+    "gate_factor_by_rank": ({"gate_factor": lambda x: x.t().contiguous().t()}, False),
+    "rows_of_odd_bytes": ({"up": padded_rows}, False),
+    "one_row_for_all": ({"gate": lambda x: x[:1].expand_as(x)}, False),
+    "strided_bias": ({"up_bias": lambda x: torch.stack((x, x), 1)[:, 0]}, False),
+    "float32": (dict.fromkeys(("up", "up_factor", "up_bias", "gate", "gate_factor", "gate_bias",
+                               "down_factor"), lambda x: x.float()), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block_rows", [20, 64])
+@pytest.mark.parametrize("spelling", RESPELLED)
+def test_who_lifts(spelling, block_rows, monkeypatch):
+    """What the kernel cannot read libraries lift, in blocks as in one; the result is the same."""
+    names = ("up", "up_factor", "up_bias", "gate", "gate_factor", "gate_bias")
+    given = dict(zip(names, operands(41, 72, 16, 24, torch.float16), strict=True))
+    given["down_factor"] = (torch.randn(40, 72, device=DEVICE) / 8).half()
+    change, is_taken = RESPELLED[spelling]
+    given |= {name: respell(given[name]) for name, respell in change.items()}
+    launched = []
+    monkeypatch.setattr(
+        lifted_activation, "launch", lambda *a, **k: (launched.append(a), launch(*a, **k))
+    )
+    of = FeedForwardOperands(**given, activation="silu")
+    assert are_lifted_at_once(of) == is_taken
+    got = row_blocks_feed_forward(of, block_rows=block_rows, tile=TILE)
+    assert bool(launched) == is_taken
+    exact = unfused_feed_forward(
+        FeedForwardOperands(**{n: x.double() for n, x in given.items()}, activation="silu")
+    )
+    assert_as_exact_as_eager(got, unfused_feed_forward(of), exact)
+    if is_taken:
+        one = one_block_feed_forward(of, TILE)
+        assert_as_exact_as_eager(one, unfused_feed_forward(of), exact)
 
 
 def test_where_libraries_lift():

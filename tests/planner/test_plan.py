@@ -247,7 +247,11 @@ def test_a_slower_memory_makes_streaming_pay_earlier():
 
 def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
     def plan(rank, rows, options=None, device=HOPPER):
-        return plan_of(feed_forward, feed_forward_inputs(rank, rows=rows), device, options)
+        p, up, down = feed_forward_inputs(rank, rows=rows)
+        return plan_of(
+            lambda p, up, down: F.gelu(F.linear(p, up)) @ down, (p, up.mT.contiguous(), down),
+            device, options,
+        )  # fmt: skip
 
     found = plan(384, 16384)
     assert found.lowering == "row_blocks"
@@ -257,6 +261,15 @@ def test_between_streaming_and_library_matmuls_one_kernel_lifts_row_blocks():
     assert plan(384, 256).lowering == "unfused"
     assert plan(384, 16384, device=replace(HOPPER, generation="sm_80")).lowering == "unfused"
     assert plan(384, 16384, {"sram_budget": "48KiB"}).lowering == "unfused"
+
+
+def test_a_factor_whose_rank_is_not_innermost_is_not_lifted_by_that_kernel():
+    """It reads by descriptors, and the launcher would fall back to two buffers."""
+    inputs, forced = feed_forward_inputs(384, rows=16384), {"feed_forward": "row_blocks"}
+    found = plan_of(feed_forward, inputs, HOPPER, forced)
+    assert found.lowering == "row_blocks"
+    assert not found.tile
+    assert plan_of(feed_forward, inputs, HOPPER).lowering == "unfused"
 
 
 def test_on_a_cpu_row_blocks_run_what_does_not_stay_in_cache():
