@@ -94,6 +94,7 @@ def rank_space_attention(
             generation=generation_of(q.device),
             is_describable=can_be_described,
             is_capped=of.softcap > 0,
+            is_rotated=of.is_rotated,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
@@ -108,7 +109,8 @@ def rank_space_attention(
     # Dense keys have theirs in them.
     k_bias = None if of.k_factor is None else of.counted_k_bias
     optional = (
-        of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink, mask,
+        of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink,
+        of.cos, of.sin, mask,
     )  # fmt: skip
     # An absent operand has strides of 0 and is never read.
     absent = absent_operand(q)
@@ -121,7 +123,7 @@ def rank_space_attention(
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_strides(k_bias, 2), *_strides(of.sink, 1),
-        *_mask_strides(mask),
+        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
     )  # fmt: skip
@@ -138,6 +140,8 @@ def rank_space_attention(
         HAS_K_FACTOR=of.k_factor is not None,
         HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
         HAS_K_BIAS=k_bias is not None, HAS_SINK=of.sink is not None, SOFTCAP=float(of.softcap),
+        ROTARY_DIM=of.rotary_dim, ROTARY_PAIR=of.rotary_pair,
+        ONE_ANGLE=of.cos is not None and of.cos.shape[-1] != of.rotary_dim,
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
@@ -192,11 +196,11 @@ def _kind_of(mask: Tensor | None) -> str:
     return "rows" if mask.shape[2] != 1 else "scanned"
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+def _table_strides(table: Tensor | None, dims: int) -> tuple[int, ...]:
     """A dimension of size 1 is read again and again: its stride is 0, whatever it says."""
-    if mask is None:
-        return (0,) * 4
-    return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+    if table is None:
+        return (0,) * dims
+    return tuple(0 if n == 1 else s for n, s in zip(table.shape, table.stride(), strict=True))
 
 
 def _tile_that_fits(

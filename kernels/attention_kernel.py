@@ -25,6 +25,9 @@ where it is far from the reference, as it should be. What a bias of v counts for
 share of the sum. b_k adds shift = q b_k to a row's scores, once a tile of queries: within tanh, or
 taken from the sink where there is none.
 
+RoPE. With ROTARY_DIM keys are dense, turned by the model, and the lifted query is turned once a tile
+of queries (``attention_query.py``).
+
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read
 without it. Any other mask is read tile by tile.
@@ -48,6 +51,7 @@ would overflow to -inf, so there the reference is subtracted first.
 
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.attention_query import lifted_query, rotated_query
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
     capped,
@@ -66,60 +70,6 @@ LEAST_SUM = tl.constexpr(2.0**-32)
 MOST_SUM = tl.constexpr(2.0**32)
 LEAST_SUM_FLOAT16 = tl.constexpr(0.5)
 MOST_SUM_FLOAT16 = tl.constexpr(2.0**15)
-
-
-@triton.jit
-def _lifted_query(
-    q,
-    q_factor,
-    q_bias,
-    queries,
-    columns,
-    stride_qm,
-    stride_qr,
-    stride_qfd,
-    stride_qfr,
-    stride_qbd,
-    M,
-    D: tl.constexpr,
-    R_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_RQ: tl.constexpr,
-    QUERIES_FIT: tl.constexpr,
-    HAS_Q_FACTOR: tl.constexpr,
-    HAS_Q_BIAS: tl.constexpr,
-    ALIGNED_Q: tl.constexpr,
-    ALIGNED_FQ: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """``columns`` of P_q V_qᵀ + b_q (or of dense queries), float32 [BLOCK_M, BLOCK_COLUMNS]."""
-    COLUMNS_FIT: tl.constexpr = D % BLOCK_COLUMNS == 0
-    RANKS_FIT: tl.constexpr = R_Q % BLOCK_RQ == 0
-    if HAS_Q_BIAS:  # asked for early: nothing hides its latency later
-        bias = load_bias(q_bias, columns, stride_qbd, D, COLUMNS_FIT)
-    if HAS_Q_FACTOR:
-        lifted = tl.zeros([BLOCK_M, BLOCK_COLUMNS], tl.float32)
-        for start in tl.range(0, R_Q, BLOCK_RQ, num_stages=1):
-            ranks = (start + tl.arange(0, BLOCK_RQ)).to(tl.int64)
-            latent = load_tile(
-                q, queries[:, None], ranks[None, :], stride_qm, stride_qr,
-                M, R_Q, not QUERIES_FIT, not RANKS_FIT, 1, ALIGNED_Q,
-            )  # fmt: skip
-            factor = load_tile(
-                q_factor, ranks[:, None], columns[None, :], stride_qfr, stride_qfd,
-                R_Q, D, not RANKS_FIT, not COLUMNS_FIT, ALIGNED_FQ, 1,
-            )  # fmt: skip
-            lifted = dot(latent, factor, lifted, PRECISION, INTERPRETED)
-    else:
-        lifted = load_tile(
-            q, queries[:, None], columns[None, :], stride_qm, stride_qr,
-            M, D, not QUERIES_FIT, not COLUMNS_FIT, 1, ALIGNED_Q,
-        ).to(tl.float32)  # fmt: skip
-    if HAS_Q_BIAS:
-        lifted += bias[None, :]
-    return lifted
 
 
 @triton.jit
@@ -207,7 +157,7 @@ def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.
 
 @triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, mask, out,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, cos, sin, mask, out,
     k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
@@ -219,6 +169,8 @@ def rank_space_attention_kernel(
     stride_vbh, stride_vbd,
     stride_kbh, stride_kbd,
     stride_sh,
+    stride_cb, stride_cm, stride_ct,
+    stride_sb, stride_sm, stride_st,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
     scale, B, M, N, first_batch, first_head,
@@ -230,6 +182,7 @@ def rank_space_attention_kernel(
     HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
     HAS_K_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -265,6 +218,8 @@ def rank_space_attention_kernel(
     v_factor += head // (H // H_FV) * stride_vfh
     v_bias += head // (H // H_BV) * stride_vbh
     k_bias += head // (H // H_BK) * stride_kbh
+    cos += batch * stride_cb
+    sin += batch * stride_sb
     mask += batch * stride_mb + head * stride_mh
     out += (batch + first_batch) * stride_ob + (head + first_head) * stride_oh
 
@@ -322,7 +277,7 @@ def rank_space_attention_kernel(
                 k_factor, columns[:, None], ranks_k[None, :], stride_kfd, stride_kfr,
                 D, R_K, D % BLOCK_D != 0, R_K_PADDED > R_K, 1, ALIGNED_FK,
             )  # fmt: skip
-            lifted = _lifted_query(
+            lifted = lifted_query(
                 q, q_factor, q_bias, queries, columns,
                 stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
                 M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
@@ -332,8 +287,17 @@ def rank_space_attention_kernel(
                 bias = load_bias(k_bias, columns, stride_kbd, D, D % BLOCK_D == 0)
                 shift += tl.sum(lifted.to(tl.float32) * bias[None, :], 1)
             q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
+    elif ROTARY_DIM > 0:
+        q_latent = rotated_query(
+            q, q_factor, q_bias, cos, sin, queries,
+            stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
+            stride_cm, stride_ct, stride_sm, stride_st,
+            M, D, R_Q, ROTARY_DIM, ROTARY_PAIR, ONE_ANGLE,
+            BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_BIAS,
+            ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
+        )  # fmt: skip
     else:
-        q_latent = _lifted_query(
+        q_latent = lifted_query(
             q, q_factor, q_bias, queries, ranks_k,
             stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
             M, D, R_Q, BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,

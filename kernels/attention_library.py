@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_operands import AttentionOperands, AttentionShape
 from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
 from flashsvd_compile.kernels.attention_scores import attend_by_scores
+from flashsvd_compile.kernels.rotation import rotated
 from torch import Tensor
 
 GPU_ALIGNED_BYTES = 16
@@ -80,7 +81,10 @@ def _rank_space_queries(of: AttentionOperands) -> Tensor:
         of.q, of.q_factor, of.q_bias, of.k_factor, of.num_heads,
     )  # fmt: skip
     if k_factor is None:
-        return _lift(q, q_factor, q_bias, num_heads)
+        queries = _lift(q, q_factor, q_bias, num_heads)
+        if of.cos is None or of.sin is None:
+            return queries
+        return rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     to_rank_k = k_factor.transpose(-1, -2)
     if q_factor is None or not _is_absorbing_cheaper(of.shape):
         return _lift(_lift(q, q_factor, q_bias, num_heads), to_rank_k, None, num_heads)

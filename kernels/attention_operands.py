@@ -9,6 +9,9 @@ and, with a ``softcap`` c or a ``sink`` t of each head,
     weights = exp(scores) / (Σ exp(scores) + exp(t))
     output  = (weights P_v) V_vᵀ + (Σ weights) b_v
 
+and, with ``cos`` and ``sin``, the lifted query P_q V_qᵀ + b_q turned (``rotation.py``), for dense
+keys that the model has turned itself.
+
 =============  ======================  ============================================
 operand        shape                   meaning
 =============  ======================  ============================================
@@ -22,6 +25,8 @@ operand        shape                   meaning
 ``v_bias``     [H_bv, D_v]             b_v
 ``k_bias``     [H_bk, D]               b_k, which only a soft-cap or a sink lets count
 ``sink``       [H_t]                   t, floating; None: nothing beside the keys is attended to
+``cos``        [B|1, M|1, T]           of RoPE, floating, T: ``rotary_dim`` or half of that
+``sin``        [B|1, M|1, T]           the same
 ``mask``       [B|1, H|1, M|1, N|1]    bool (True attends), or floating and added
 output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 =============  ======================  ============================================
@@ -39,6 +44,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import torch
+from flashsvd_compile.kernels.rotation import check_rotation
 from torch import Tensor
 
 
@@ -78,14 +84,23 @@ class AttentionOperands:
     v_bias: Tensor | None = None
     k_bias: Tensor | None = None
     sink: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
     softcap: float = 0.0
+    rotary_dim: int = 0
+    rotary_pair: int = 0
 
     @property
     def is_plain(self) -> bool:
         """Whether softmax over scaled and masked scores is all there is: no soft-cap, no sink."""
         return self.softcap == 0 and self.sink is None
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether lifted queries are turned."""
+        return self.rotary_dim > 0
 
     @property
     def counted_k_bias(self) -> Tensor | None:
@@ -130,12 +145,16 @@ class AttentionOperands:
             if operand.dtype != q.dtype or operand.device != q.device:
                 raise ValueError(
                     f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
-                    "all operands but the mask and the sink must share both"
+                    "all operands but the mask, the sink and tables must share both"
                 )
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be 0 (none) or positive, got {self.softcap}")
         if self.sink is not None:
             _check_sink(self.sink, num_heads, q.device)
+        rows = (batch, queries, head_dim_qk)
+        check_rotation(self.cos, self.sin, self.rotary_dim, self.rotary_pair, rows)
+        if self.is_rotated and (self.q_factor is None or self.k_factor is not None):
+            raise ValueError("only lifted queries are turned, and for dense keys")
         if self.mask is not None:
             _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)
         return AttentionShape(

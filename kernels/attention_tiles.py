@@ -70,9 +70,12 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
     limit = min(limit, tile.max_registers // 2 or limit)
+    # Of a query that is turned the columns' partners are lifted beside it.
+    queries = (2 if of.is_rotated else 1) * query_accumulators_of(
+        tile, rank_k=of.rank_k, width=of.width
+    )
     return (
-        query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
-        and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
+        queries <= query_limit and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
     )
 
 
