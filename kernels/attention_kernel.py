@@ -25,8 +25,8 @@ where it is far from the reference, as it should be. What a bias of v counts for
 share of the sum. b_k adds shift = q b_k to a row's scores, once a tile of queries: within tanh, or
 taken from the sink where there is none.
 
-RoPE. With ROTARY_DIM keys are dense, turned by the model, and the lifted query is turned once a tile
-of queries (``attention_query.py``).
+RoPE. With ROTARY_DIM keys are dense, turned by the model, and the lifted query is turned once a
+tile of queries (``attention_query.py``).
 
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read

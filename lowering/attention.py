@@ -4,8 +4,9 @@
     after    rank_space_attention(pq, pk, pv, vq, bq, vk, vv, bv, mask)
 
 pq, pk, pv are the latents as they stand in the graph, seen as [B, H_x, rows, rank]; the lifts that
-nothing reads any more disappear. An operand that the plan keeps dense is passed as it is. In blocks
-of the batch and of heads, latents do not stand in the graph either:
+nothing reads any more disappear. An operand that the plan keeps dense is passed as it is; with the
+latent of queries that RoPE turns go its tables. In blocks of the batch and of heads, latents do not
+stand in the graph either:
 
     before   pq = linear(x, uq); ..
     after    rank_space_attention_blocks(x, x, x, vq, .., uq, .., block_batch=8, block_heads=12)
@@ -13,6 +14,7 @@ of the batch and of heads, latents do not stand in the graph either:
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from flashsvd_compile.analysis.axes import Atom, Dim, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
-from flashsvd_compile.analysis.site_records import Arm, AttentionBlocks, AttentionSite
+from flashsvd_compile.analysis.site_records import Angles, Arm, AttentionBlocks, AttentionSite
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
 
 
@@ -55,6 +57,9 @@ def lower_attention(
         "sram_budget": sram_budget,
         "softcap": site.softcap,
     }
+    beside = k_bias, sink, *_tables(site, builder)
+    if query.rotation is not None:
+        numbers |= {"rotary_dim": query.rotation.rotary_dim, "rotary_pair": query.rotation.pair}
     lifts = (
         _factor(site, builder, query),
         _bias(site, builder, query),
@@ -65,9 +70,9 @@ def lower_attention(
     )
     if blocks is None:
         latents = (_latent(site, builder, arm) for arm in (query, key, val))
-        result = builder.call(ops.rank_space_attention, *latents, *lifts, k_bias, sink, **numbers)
+        result = builder.call(ops.rank_space_attention, *latents, *lifts, *beside, **numbers)
     else:
-        result = _write_blocks(site, builder, blocks, lifts, (k_bias, sink), numbers)
+        result = _write_blocks(site, builder, blocks, lifts, beside, numbers)
     result = builder.times(result, val.scale)
     labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))
     return builder.arrange(labelled, site.out_dims)
@@ -127,7 +132,8 @@ def _factor(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
     if arm.factor is None:
         return None
     heads = _heads(builder, arm, arm.factor)
-    return builder.cast(builder.arrange(arm.factor, [heads, arm.width, arm.rank]), site.dtype)
+    factor = builder.arrange(arm.factor, [heads, arm.lifted_width, arm.rank])
+    return builder.cast(factor, site.dtype)
 
 
 def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
@@ -135,7 +141,7 @@ def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
     terms = []
     for bias in arm.biases:
         heads = _heads(builder, arm, bias.tensor)
-        node = builder.cast(builder.arrange(bias.tensor, [heads, arm.width]), site.dtype)
+        node = builder.cast(builder.arrange(bias.tensor, [heads, arm.lifted_width]), site.dtype)
         terms.append(builder.times(node, bias.scale / arm.scale))
     return builder.fold(aten.add.Tensor, terms)
 
@@ -147,6 +153,28 @@ def _sink(site: AttentionSite, builder: Builder) -> fx.Node | None:
     atoms = set(site.sink.atoms(builder.space))
     heads = tuple(atom for atom in site.heads if atom in atoms)
     return builder.arrange(site.sink, [heads])
+
+
+def _tables(site: AttentionSite, builder: Builder) -> tuple[fx.Node | None, fx.Node | None]:
+    """Cosines and sines that queries are turned by, [B|1, M|1, entries] each."""
+    rotation = site.query.rotation
+    if rotation is None:
+        return None, None
+    return _angles(site, builder, rotation.cos), _angles(site, builder, rotation.sin)
+
+
+def _angles(site: AttentionSite, builder: Builder, angles: Angles) -> fx.Node:
+    table = angles.table
+    if angles.is_complex:
+        parts = builder.call(aten.view_as_real.default, table.node)
+        table = replace(table, nodes=(parts,))
+    groups = (site.query.batch, site.query.rows)
+    present = _present(builder, set(table.atoms(builder.space)), groups)
+    node = builder.arrange(table, [*present, angles.features])
+    stop = angles.start + angles.step * (angles.count - 1) + 1
+    if (angles.start, angles.step, stop) != (0, 1, value(node).shape[2]):
+        node = builder.call(aten.slice.Tensor, node, 2, angles.start, stop, angles.step)
+    return builder.times(node, -1) if angles.negated else node
 
 
 # ---- masks --------------------------------------------------------------------------------------
@@ -181,19 +209,21 @@ def _analysed(
     labels = tuple(builder.space.leaves(dim) for dim in mask.dims)
     expected = groups[4 - len(labels) :] if len(labels) <= 4 else ()
     if len(labels) > 4 or any(a not in ((), e) for a, e in zip(labels, expected, strict=True)):
-        node = builder.arrange(Labelled((node,), mask.dims), _present(builder, mask, groups))
+        atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
+        node = builder.arrange(Labelled((node,), mask.dims), _present(builder, atoms, groups))
     sizes = [builder.traced_size(volume(group)) for group in groups]
     return analyse_mask(node, sizes, values)
 
 
-def _present(builder: Builder, mask: ScoreMask, groups: Sequence[Dim]) -> list[Dim]:
-    """Of each group all atoms if the mask has any of them (missing ones repeated), else none."""
-    atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
+def _present(builder: Builder, atoms: set[Atom], groups: Sequence[Dim]) -> list[Dim]:
+    """Of each group all atoms if any of them is among ``atoms`` (missing ones repeated), else
+    none."""
+    leaves = [builder.space.leaves(group) for group in groups]
     return [
         tuple(a if a in atoms else Atom(a.size, broadcast=True) for a in group)
         if atoms & set(group)
         else ()
-        for group in groups
+        for group in leaves
     ]
 
 

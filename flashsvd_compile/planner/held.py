@@ -83,6 +83,8 @@ def _reads(plan: Plan) -> list[fx.Node]:
         nodes: list[fx.Node] = []
         for name, arm in site.arms.items():
             nodes += [entries[name].x.node] if name in entries else arm.latent.nodes
+            if arm.rotation is not None:
+                nodes += [arm.rotation.cos.table.node, arm.rotation.sin.table.node]
         return nodes
     if isinstance(site, FeedForwardSite):
         if plan.lowering == "streamed_whole" and isinstance(site.outer, Outer):
@@ -153,4 +155,16 @@ def _library_scratch(
         attending += _scores_scratch(site, batch * heads, rows, keys)
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
     asking = element * (queries + latent + (output if in_blocks else 0)) + of_mask.asking
-    return sympy.Max(attending, lifting, asking)
+    turning = batch * heads * _turning_scratch(site) - (0 if in_blocks else element * output)
+    return sympy.Max(attending, lifting, asking, turning)
+
+
+def _turning_scratch(site: AttentionSite) -> Size:
+    """Of ``kernels/rotation.py``, for one head: queries as they are lifted, and as float32 if they
+    are narrower; both features of all pairs beside each other, and what they are made of."""
+    if site.query.rotation is None:
+        return sympy.S.Zero
+    size = site.dtype.itemsize
+    wide = max(size, 4)
+    copied = wide if wide > size else 0
+    return volume(site.rows) * site.query.width_size * (size + copied + 2 * wide)
