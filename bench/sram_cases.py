@@ -143,7 +143,7 @@ class Attention(Case):
             *self.head_dims, *self.ranks, q_lifted, v_lifted, self.element_bytes, k_lifted,
             is_float16=self.dtype == "float16", mask=self.mask, is_causal=self.is_causal,
             keys_multiple=attention_extents.power_of_two_in(self.rows), generation=self.generation,
-            is_rotated=bool(self.tables),
+            table_bytes=getattr(torch, self.tables).itemsize if self.tables else 0,
         )  # fmt: skip
 
     def is_sensible(self):

@@ -94,7 +94,7 @@ def rank_space_attention(
             generation=generation_of(q.device),
             is_describable=can_be_described,
             is_capped=of.softcap > 0,
-            is_rotated=of.is_rotated,
+            table_bytes=of.table_bytes,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)

@@ -67,9 +67,9 @@ class AttentionExtents:
     kernel knows them, "none", "scanned", "rows" or "added", or "any" of these where that is not
     known yet; ``keys_multiple``: `power_of_two_in` the number of keys, None where that is not.
     ``generation`` of the device, as ``"sm_90"``; ``is_describable``: whether k and v may be read
-    through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``is_rotated``: whether
-    lifted queries are turned; ``is_widened``: whether the rank of an operand is not innermost in
-    memory.
+    through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``table_bytes``: of an
+    entry of the tables that lifted queries are turned by, 0 where they are not; ``is_widened``:
+    whether the rank of an operand is not innermost in memory.
     """
 
     head_dim_qk: int
@@ -89,7 +89,7 @@ class AttentionExtents:
     is_describable: bool = True
     is_widened: bool = False
     is_capped: bool = False
-    is_rotated: bool = False
+    table_bytes: int = 0
 
     @property
     def has_warpgroups(self) -> bool:

@@ -103,6 +103,11 @@ class AttentionOperands:
         return self.rotary_dim > 0
 
     @property
+    def table_bytes(self) -> int:
+        """Of an entry of the wider table, 0 where there is none."""
+        return max((t.element_size() for t in (self.cos, self.sin) if t is not None), default=0)
+
+    @property
     def counted_k_bias(self) -> Tensor | None:
         """b_k where it changes the result."""
         return None if self.is_plain else self.k_bias

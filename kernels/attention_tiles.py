@@ -71,7 +71,7 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
     limit = min(limit, tile.max_registers // 2 or limit)
     # Of a query that is turned the columns' partners are lifted beside it.
-    queries = (2 if of.is_rotated else 1) * query_accumulators_of(
+    queries = (2 if of.table_bytes else 1) * query_accumulators_of(
         tile, rank_k=of.rank_k, width=of.width
     )
     return (

@@ -41,6 +41,11 @@ class Angles:
     is_complex: bool = False
     negated: bool = False
 
+    @property
+    def entry_bytes(self) -> int:
+        size = value(self.table.node).dtype.itemsize
+        return size // 2 if self.is_complex else size
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -56,6 +61,11 @@ class Rotation:
     rotary_dim: int
     pair: int
     width: Dim
+
+    @property
+    def table_bytes(self) -> int:
+        """Of an entry of the wider table."""
+        return max(angles.entry_bytes for angles in (self.cos, self.sin))
 
 
 @dataclass(frozen=True)

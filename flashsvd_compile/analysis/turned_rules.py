@@ -152,9 +152,12 @@ def _share_outer(facts: Facts, dims: Dims, others: Dims) -> bool:
 
 
 def _parts(facts: Facts, node: fx.Node) -> list[Found] | None:
-    """The tensors that ``node`` joins, if all are made of the same lift."""
+    """The tensors that ``node`` joins, if all are made of the same lift; but for those without
+    features, as what partial RoPE passes is where it is all."""
     parts: list[Found] = []
     for tensor in node.args[0]:  # type: ignore[union-attr]
+        if value(tensor).dim() == value(node).dim() and shape_of(value(tensor))[-1] == 0:
+            continue
         known = _known(facts, tensor)
         if known is None or known[0].is_complex:
             return None

@@ -146,7 +146,7 @@ def _attention_tiling(
         mask="any" if site.masks else "none",  # of what kind is seen when it is lowered
         is_causal=site.is_causal,
         is_capped=site.softcap > 0,
-        is_rotated=query.rotation is not None,
+        table_bytes=0 if query.rotation is None else query.rotation.table_bytes,
         keys_multiple=attention_extents.power_of_two_in(int(keys)) if keys.is_number else None,
         generation=device.generation,
     )
