@@ -33,6 +33,9 @@ from torch import Tensor
 # Of the second and third axis of a CUDA grid.
 MAX_GRID_EXTENT = 65535
 
+# Beyond every key, and with a tile's extent added still 32 bits.
+MAX_DISTANCE = 2**30
+
 # Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
 INTERPRETER_SRAM_BYTES = 99 * 1024
 
@@ -89,7 +92,7 @@ def rank_space_attention(
             k_lifted=of.k_factor is not None,
             is_float16=q.dtype == torch.float16,
             mask=_kind_of(mask),
-            is_causal=of.is_causal,
+            is_causal=of.is_causal or of.behind is not None,
             keys_multiple=power_of_two_in(shape.keys) if isinstance(shape.keys, int) else None,
             generation=generation_of(q.device),
             is_describable=can_be_described,
@@ -126,6 +129,7 @@ def rank_space_attention(
         *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
+        _within_32_bits(of.ahead), _within_32_bits(of.behind or 0),
     )  # fmt: skip
     launch(
         rank_space_attention_kernel, grid, tile, operands,
@@ -143,6 +147,7 @@ def rank_space_attention(
         ROTARY_DIM=of.rotary_dim, ROTARY_PAIR=of.rotary_pair,
         ONE_ANGLE=of.cos is not None and of.cos.shape[-1] != of.rotary_dim,
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
+        HAS_AHEAD=of.is_shifted, HAS_BEHIND=of.behind is not None,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
@@ -201,6 +206,13 @@ def _table_strides(table: Tensor | None, dims: int) -> tuple[int, ...]:
     if table is None:
         return (0,) * dims
     return tuple(0 if n == 1 else s for n, s in zip(table.shape, table.stride(), strict=True))
+
+
+def _within_32_bits(distance: int) -> int:
+    """As far as any key is from any query; a traced size is as it is."""
+    if isinstance(distance, torch.SymInt):
+        return distance
+    return max(-MAX_DISTANCE, min(distance, MAX_DISTANCE))
 
 
 def _tile_that_fits(

@@ -30,7 +30,9 @@ tile of queries (``attention_query.py``).
 
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read
-without it. Any other mask is read tile by tile.
+without it. Any other mask is read tile by tile. Where a query sees no further than ``ahead`` and
+``behind`` of its own place, tiles that no query of a program sees are skipped, and those that all
+of them see are not checked.
 
 No branch goes around a matmul that another follows: ptxas 12.8, which Triton 3.6 ships, computes
 operands' addresses in blocks that such a branch skips (tests/gpu/test_machine_code.py). So there
@@ -173,7 +175,7 @@ def rank_space_attention_kernel(
     stride_sb, stride_sm, stride_st,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
-    scale, B, M, N, first_batch, first_head,
+    scale, B, M, N, first_batch, first_head, ahead, behind,
     BATCHES: tl.constexpr, H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
     H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
     H_FV: tl.constexpr, H_BV: tl.constexpr, H_BK: tl.constexpr, H_S: tl.constexpr,
@@ -183,7 +185,8 @@ def rank_space_attention_kernel(
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
     HAS_K_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
     ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_AHEAD: tl.constexpr, HAS_BEHIND: tl.constexpr,
+    QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
     R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -230,22 +233,41 @@ def rank_space_attention_kernel(
     SEEKS_MAXIMUM: tl.constexpr = IS_FLOAT16 and (MASK == "added" or MASK == "rows")
     # A scanned mask lets tiles begin anywhere; else only the last may reach beyond the keys.
     FITS: tl.constexpr = KEYS_FIT and MASK != "scanned"
+    HAS_MASK: tl.constexpr = MASK != "none" or HAS_AHEAD or HAS_BEHIND
 
     queries = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64)
     ranks_k = tl.arange(0, R_K_PADDED).to(tl.int64)
     ranks_v = tl.arange(0, R_V_PADDED).to(tl.int64)
 
-    # Keys from ``first_key`` to ``first_checked`` are seen by all queries of this tile; those from
-    # there to ``end`` need a check.
+    # Keys from ``first_free`` to ``first_checked`` are seen by all queries of this tile; those from
+    # ``first_key`` on before them, and those behind them to ``end``, need a check.
     first_key = 0
+    first_free = 0
     first_checked = N
     end = N
     if MASK == "scanned":
         first_key, first_checked, end = seen_keys(mask, stride_mn, N)
+    # What a query may see beside its mask: the keys from ``lowest`` to ``highest``.
+    first_shown, last_shown, lowest, highest = first_key, end, queries, queries
+    if HAS_AHEAD:
+        ahead = tl.cast(ahead, tl.int32)
+        highest = queries + ahead
+    if HAS_BEHIND:
+        behind = tl.cast(behind, tl.int32)
+        lowest = queries - behind
+        first_free = first_query + BLOCK_M - 1 - behind
+        begin = tl.maximum(first_query - behind, 0)
+        if MASK != "scanned":  # whole tiles
+            begin = tl.minimum(begin, N - 1) // BLOCK_N * BLOCK_N
+        first_key = tl.maximum(first_key, tl.minimum(begin, N))
+    if MASK == "scanned" or HAS_BEHIND:
         k += tl.cast(first_key, tl.int64) * stride_kn
         v += tl.cast(first_key, tl.int64) * stride_vn
         mask += tl.cast(first_key, tl.int64) * stride_mn
-    if IS_CAUSAL:
+    if IS_CAUSAL and HAS_AHEAD:
+        first_checked = tl.minimum(first_checked, first_query + ahead + 1)
+        end = tl.minimum(end, first_query + ahead + BLOCK_M)
+    elif IS_CAUSAL:
         first_checked = tl.minimum(first_checked, first_query + 1)
         end = tl.minimum(end, first_query + BLOCK_M)
     has_keys = first_key < end
@@ -320,10 +342,11 @@ def rank_space_attention_kernel(
 
     if SEEKS_MAXIMUM:
         reference = row_maximum(
-            first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            first_key, first_free, first_checked, end, q_latent, k, mask, lowest, highest,
+            ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
             SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
-            IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, PRECISION, INTERPRETED,
+            IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, PRECISION,
+            INTERPRETED,
         )  # fmt: skip
     else:
         reference = dot(q_latent, first_tile, None, PRECISION, INTERPRETED)
@@ -334,48 +357,53 @@ def rank_space_attention_kernel(
         # A query that is not a number spoils its scores; it shall not where it sees no key.
         reference = tl.where(reference == reference, reference, 0.0)
     row_sum, latent = stream_keys(
-        first_key, first_checked, end, reference, q_latent,
+        first_key, first_free, first_checked, end, reference, q_latent,
         k_described if DESCRIBED else k, v_described if DESCRIBED else v, mask, place,
-        queries, ranks_k, ranks_v, mask_rows, shift,
+        lowest, highest, ranks_k, ranks_v, mask_rows, shift,
         stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-        BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
+        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, HAS_BEHIND,
+        FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION,
+        INTERPRETED,
     )  # fmt: skip
     beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
     _finish(
         latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
         stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-        HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+        HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, HAS_MASK,
         QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
     )  # fmt: skip
     if not SEEKS_MAXIMUM:
         LEAST: tl.constexpr = LEAST_SUM_FLOAT16 if IS_FLOAT16 else LEAST_SUM
         MOST: tl.constexpr = MOST_SUM_FLOAT16 if IS_FLOAT16 else MOST_SUM
         is_right = (row_sum > LEAST) & (row_sum < MOST)
-        if IS_CAUSAL and MASK == "scanned":  # those see no key, and their sum is 0
-            is_right = is_right | (queries < first_key)
+        # Those see no key, and their sum is 0.
+        if IS_CAUSAL and (MASK == "scanned" or HAS_AHEAD):
+            is_right = is_right | (highest < first_shown)
+        if HAS_BEHIND:
+            is_right = is_right | (lowest >= last_shown)
         # Barriers within the second attempt keep its stores behind those of the first. It is rare:
         # its tiles are half as wide, so that it takes no more registers than the first does.
         NARROW_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else BLOCK_N
         if (tl.sum(is_right.to(tl.int32)) < BLOCK_M) & has_keys:
             reference = row_maximum(
-                first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-                shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+                first_key, first_free, first_checked, end, q_latent, k, mask, lowest, highest,
+                ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
                 SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
-                IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
+                IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION,
+                INTERPRETED,
             )  # fmt: skip
             row_sum, latent = stream_keys(
-                first_key, first_checked, end, reference, q_latent, k, v, mask, place,
-                queries, ranks_k, ranks_v, mask_rows, shift,
+                first_key, first_free, first_checked, end, reference, q_latent, k, v, mask, place,
+                lowest, highest, ranks_k, ranks_v, mask_rows, shift,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS,
-                IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION,
-                INTERPRETED,
+                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL,
+                HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False,
+                PRECISION, INTERPRETED,
             )  # fmt: skip
             beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
             _finish(
                 latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
                 stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-                HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+                HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, HAS_MASK,
                 QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
             )  # fmt: skip

@@ -34,9 +34,10 @@ output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 Each operand's own number of heads divides H = ``num_heads``: head h reads its head
 h // (H // H_x), so that 1 is shared by all and the groups of GQA need no copy. The bias of k
 adds one constant to all scores of a query, which softmax drops: but not from within tanh, nor
-beside a sink, which it does not shift. With ``is_causal`` query m sees
-key n iff n <= m, and the mask, if any, counts as well. A query that sees no key gives exactly
-zero, without b_v. Strides are free, 0 among them: nothing is expanded to be read.
+beside a sink, which it does not shift. With ``is_causal`` query m sees key n iff n <= m +
+``ahead``, with ``behind`` iff n >= m - ``behind``, and the mask, if any, counts as well. A query
+that sees no key gives exactly zero, without b_v. Strides are free, 0 among them: nothing is
+expanded to be read.
 """
 
 import math
@@ -46,6 +47,7 @@ from functools import cached_property
 import torch
 from flashsvd_compile.kernels.rotation import check_rotation
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class AttentionOperands:
     sin: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
+    ahead: int = 0
+    behind: int | None = None
     softcap: float = 0.0
     rotary_dim: int = 0
     rotary_pair: int = 0
@@ -96,6 +100,16 @@ class AttentionOperands:
     def is_plain(self) -> bool:
         """Whether softmax over scaled and masked scores is all there is: no soft-cap, no sink."""
         return self.softcap == 0 and self.sink is None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether the last key that a query sees is not known to be that of its own number."""
+        return self.is_causal and not statically_known_true(self.ahead == 0)
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether a query's place bounds what it sees otherwise than SDPA's ``is_causal`` does."""
+        return self.is_shifted or self.behind is not None
 
     @property
     def is_rotated(self) -> bool:
@@ -152,6 +166,8 @@ class AttentionOperands:
                     f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
                     "all operands but the mask, the sink and tables must share both"
                 )
+        if not self.is_causal and not statically_known_true(self.ahead == 0):
+            raise ValueError(f"ahead {self.ahead} counts only where is_causal")
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be 0 (none) or positive, got {self.softcap}")
         if self.sink is not None:

@@ -15,15 +15,16 @@ stand in the graph either:
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 from flashsvd_compile.lowering import ops
 from flashsvd_compile.lowering.builder import Builder
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import ScoreMask
-from flashsvd_compile.analysis.axes import Atom, Dim, volume
+from flashsvd_compile.analysis.axes import Atom, Dim, same, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
@@ -51,7 +52,7 @@ def lower_attention(
     k_bias = _bias(site, builder, key) if counts else None
     numbers: dict[str, Any] = {
         "num_heads": site.num_heads,
-        "is_causal": site.is_causal or mask.is_causal,
+        **mask.bounds,
         "scale": site.scale * query.scale * key.scale,
         "tile": list(tile),
         "sram_budget": sram_budget,
@@ -180,16 +181,34 @@ def _angles(site: AttentionSite, builder: Builder, angles: Angles) -> fx.Node:
 # ---- masks --------------------------------------------------------------------------------------
 
 
-class _Masks:
-    """The site's masks as at most one tensor and the causal flag."""
+class _Masks(NamedTuple):
+    """The site's masks as at most one tensor, and bounds: numbers, nodes or None."""
 
-    def __init__(self, tensor: fx.Node | None, is_causal: bool) -> None:
-        self.tensor = tensor
-        self.is_causal = is_causal
+    tensor: fx.Node | None
+    ahead: Any
+    behind: Any
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        is_causal = self.ahead is not None
+        return {
+            "is_causal": is_causal,
+            "ahead": self.ahead if is_causal else 0,
+            "behind": self.behind,
+        }
 
 
 def _mask(site: AttentionSite, builder: Builder, values: SymbolicValues) -> _Masks:
-    found = [_analysed(site, builder, mask, values) for mask in site.masks]
+    found, bounds = [], Mask((), ahead=sympy.S.Zero if site.is_causal else None)
+    for mask in site.masks:
+        analysed = _analysed(site, builder, mask, values)
+        together = _together(bounds, analysed)
+        if together is None or not _are_computed(builder, together):
+            analysed = _analysed(site, builder, mask, values, with_bounds=False)
+        else:
+            bounds = together
+        found.append(analysed)
+    ahead, behind = (None if x is None else builder.size(x) for x in (bounds.ahead, bounds.behind))
     terms = [(term, _narrowed(builder, term)) for mask in found for term in mask.terms]
     attends = [node for term, node in terms if not term.additive]
     added = [node for term, node in terms if term.additive]
@@ -198,11 +217,36 @@ def _mask(site: AttentionSite, builder: Builder, values: SymbolicValues) -> _Mas
     if allowed is not None and total is not None:
         total = builder.call(aten.where.ScalarOther, allowed, total, -math.inf)
         allowed = None
-    return _Masks(allowed or total, any(mask.is_causal for mask in found))
+    return _Masks(allowed or total, ahead, behind)
+
+
+def _together(one: Mask, other: Mask) -> Mask | None:
+    """Bounds of both, None where they have the same one otherwise."""
+    pairs = ((one.ahead, other.ahead), (one.behind, other.behind))
+    if any(a is not None and b is not None and not same(a, b) for a, b in pairs):
+        return None
+    ahead, behind = (b if a is None else a for a, b in pairs)
+    return Mask((), ahead, behind)
+
+
+def _are_computed(builder: Builder, bounds: Mask) -> bool:
+    """Whether sizes of the graph lead to them."""
+    try:
+        for bound in (bounds.ahead, bounds.behind):
+            if bound is not None:
+                builder.size(bound)
+    except LookupError:
+        return False
+    return True
 
 
 def _analysed(
-    site: AttentionSite, builder: Builder, mask: ScoreMask, values: SymbolicValues
+    site: AttentionSite,
+    builder: Builder,
+    mask: ScoreMask,
+    values: SymbolicValues,
+    *,
+    with_bounds: bool = True,
 ) -> Mask:
     groups = (site.batch, site.heads, site.rows, site.keys)
     node = _as_attention_mask(site, builder, mask)
@@ -212,7 +256,7 @@ def _analysed(
         atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
         node = builder.arrange(Labelled((node,), mask.dims), _present(builder, atoms, groups))
     sizes = [builder.traced_size(volume(group)) for group in groups]
-    return analyse_mask(node, sizes, values)
+    return analyse_mask(node, sizes, values, with_bounds=with_bounds)
 
 
 def _present(builder: Builder, atoms: set[Atom], groups: Sequence[Dim]) -> list[Dim]:

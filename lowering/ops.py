@@ -74,13 +74,15 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
 # blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
-# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim``: 0 for none.
+# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim``: 0 for none;
+# ``ahead``, ``behind``: see `AttentionOperands`.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(
         _ATTENTION_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0, "
-        "float softcap=0.0, int rotary_dim=0, int rotary_pair=0",
+        "float softcap=0.0, int rotary_dim=0, int rotary_pair=0, SymInt ahead=0, "
+        "SymInt? behind=None",
     )
 )
 # ``heads``: of q, k and v, where x does not tell.
@@ -90,7 +92,7 @@ _LIBRARY.define(
         _ATTENTION_BLOCKS_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] heads, int block_batch, "
         "int block_heads, int[] tile, int sram_budget=0, float softcap=0.0, int rotary_dim=0, "
-        "int rotary_pair=0",
+        "int rotary_pair=0, SymInt ahead=0, SymInt? behind=None",
     )
 )
 _LIBRARY.define(
@@ -418,7 +420,10 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
 
 _differentiable(
     "rank_space_attention", recomputed_attention, _attention_operands,
-    ("num_heads", "is_causal", "scale", "softcap", "rotary_dim", "rotary_pair"),
+    (
+        "num_heads", "is_causal", "scale", "softcap", "rotary_dim", "rotary_pair", "ahead",
+        "behind",
+    ),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))
