@@ -35,7 +35,7 @@ def attention(generation: str, sram_kib: int, ranks: Any, **others: Any) -> dict
 def rotated(generation: str, sram_kib: int, rank: int, head_dim: int, **others: Any):
     """Lifted queries turned by tables, and dense keys."""
     return attention(
-        generation, sram_kib, [rank, head_dim, rank], head_dims=[head_dim, head_dim],
+        generation, sram_kib, [rank, head_dim, min(rank, head_dim)], head_dims=[head_dim, head_dim],
         **{"tables": "bfloat16"} | others,
     )  # fmt: skip
 
