@@ -33,6 +33,7 @@ MODELS = {
     "glm": ("GlmForCausalLM", {**_SIZES, "head_dim": 16, "partial_rotary_factor": 0.5}),
     "gptj": ("GPTJForCausalLM", _GPTJ),
     "olmo": ("OlmoForCausalLM", _SIZES),
+    "stablelm": ("StableLmForCausalLM", {**_SIZES, "partial_rotary_factor": 0.25}),
     "falcon": FAMILIES["falcon"][:2],
     "smollm3": ("SmolLM3ForCausalLM", {**_SIZES, "no_rope_layers": [1]}),
     "ernie": ("Ernie4_5ForCausalLM", {**_SIZES, "head_dim": 16}),
