@@ -320,6 +320,10 @@ class _Layout:
         if of.table_bytes == WIDE_TABLE_BYTES and self.padded_k > NARROW_TABLE:
             # A table changes its layout to that of the query, which is in registers meanwhile.
             yield Buffer(m * self.padded_k * of.table_bytes, _LIFTED, _LIFTED_END)
+        if of.table_bytes and m == WARP_ROWS:
+            # So does the query, with padding, where all warps share its rows: beside the lift of
+            # the columns' partners.
+            yield Buffer(m * self.padded_k * size * 5 // 4, _QUERIES, _LIFTED_END)
         if self.query_end:
             yield Buffer(m * self.padded_k * size, _QUERY, self.query_end)
         copied_keys, copied_values = (

@@ -217,7 +217,8 @@ def _why_dense(
         return reason_at(node, Code.NO_LOW_RANK_OPERAND, "a dense tensor", "latent × factor")
     if other_user(region, allowed) is None:
         return None
-    left = shared_lift(facts, lifted, allowed)
+    is_turned = node not in facts.factored
+    left = shared_lift(facts, lifted, allowed, region if is_turned else frozenset())
     return left if isinstance(left, Reason) else None
 
 

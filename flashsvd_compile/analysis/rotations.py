@@ -50,11 +50,19 @@ def rotated_lift(facts: Facts, node: fx.Node) -> RotatedLift | None:
         if uncut(fact) != turned.whole or fact.latent != turned.latent:
             continue
         dims = facts.axes[lifted]
+        if _outer(facts, lifted) != _outer(facts, node):  # more heads, or more rows
+            continue
         places = places_of_last(facts.space, fact, dims)
         if places is not None and (found := _read(facts.space, turned, places, dims)) is not None:
             number, rotation = found
             return RotatedLift(node, lifted, fact.scaled(number), rotation, region)
     return None
+
+
+def _outer(facts: Facts, node: fx.Node) -> set[Atom]:
+    """What ``node`` varies along beside its last dimension."""
+    atoms = facts.atoms(node, tuple(range(value(node).dim() - 1)))
+    return {atom for atom in atoms if not atom.broadcast}
 
 
 def _read(

@@ -15,7 +15,7 @@ from torch import fx
 
 from flashsvd_compile.analysis.axes import Atom, Dims, shape_of
 from flashsvd_compile.analysis.calls import arguments, aten, constant, is_tensor, packet, value
-from flashsvd_compile.analysis.factored import label_like
+from flashsvd_compile.analysis.factored import label_like, uncut
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.layout import Moved
 from flashsvd_compile.analysis.low_rank import is_low_rank
@@ -59,7 +59,7 @@ def _read(facts: Facts, node: fx.Node, dims: Dims) -> Turned | None:
     fact, turned = facts.factored.get(node), facts.turned.get(node)
     if turned is not None:
         turned = turned.laid_out(facts.space, dims)
-    elif fact is not None and is_low_rank(facts, fact):
+    elif fact is not None and is_low_rank(facts, uncut(fact)):  # a part may be narrower than ranks
         turned = turned_by_nothing(facts.space, fact, dims)
     if turned is None:
         return None
