@@ -10,11 +10,9 @@ blocks of queries read blocks of keys, and the rest of the scores is never compu
 from collections.abc import Iterator
 
 import torch
+from flashsvd_compile.kernels.attention_extents import BAND_QUERIES
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from torch import Tensor
-
-# Queries of a block where there is a window: as many as a tile of torch's attention on a CPU.
-BAND_QUERIES = 256
 
 Block = tuple[slice, slice]
 

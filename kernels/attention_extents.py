@@ -17,6 +17,10 @@ MAX_OUTPUT_CHUNK = 32
 # sink: a matmul of so many rows is as fast as a longer one on a CPU's cores.
 BLOCK_QUERIES = 128
 
+# Queries that library operators attend with at a time where there is a window: as many as a tile of
+# torch's attention on a CPU.
+BAND_QUERIES = 256
+
 # No tile has more keys.
 MAX_TILE_KEYS = 256
 
