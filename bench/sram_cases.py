@@ -108,6 +108,7 @@ class Attention(Case):
     rows: int
     biased: bool
     tables: str = ""  # of a query that is turned: their dtype
+    is_windowed: bool = False
     module = attention
 
     @classmethod
@@ -134,6 +135,7 @@ class Attention(Case):
             rng.choice(("none", "none", "scanned", "rows", "added")), rng.random() < 0.4,
             rng.choice((200, 512, 1024)), rng.random() < 0.5,
             rng.choice((dtype, "float32")) if q and not k and rng.random() < 0.8 else "",
+            rng.random() < 0.2,
         )  # fmt: skip
 
     @property
@@ -141,7 +143,8 @@ class Attention(Case):
         q_lifted, k_lifted, v_lifted = self.absorbed
         return attention_extents.AttentionExtents(
             *self.head_dims, *self.ranks, q_lifted, v_lifted, self.element_bytes, k_lifted,
-            is_float16=self.dtype == "float16", mask=self.mask, is_causal=self.is_causal,
+            is_float16=self.dtype == "float16", mask=self.mask,
+            is_causal=self.is_causal or self.is_windowed,
             keys_multiple=attention_extents.power_of_two_in(self.rows), generation=self.generation,
             table_bytes=getattr(torch, self.tables).itemsize if self.tables else 0,
         )  # fmt: skip
@@ -177,7 +180,7 @@ class Attention(Case):
             turned |= {"rotary_dim": head_dim, "rotary_pair": head_dim // 2}
         of = AttentionOperands(
             q, k, v, num_heads=2, scale=0.1, is_causal=self.is_causal, mask=masks[self.mask],
-            **factors, **turned,
+            behind=100 if self.is_windowed else None, **factors, **turned,
         )  # fmt: skip
         attention.rank_space_attention(of, tile=self.tile)
 

@@ -9,7 +9,7 @@ from flashsvd_compile.kernels import attention_band
 from flashsvd_compile.kernels.attention_blocks import BlockedAttention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
-from flashsvd_compile.kernels.attention_reference import lift, lifted_attention
+from flashsvd_compile.kernels.attention_reference import lifted_attention
 
 from tests.kernels.test_attention import (
     DEVICE,
@@ -22,6 +22,7 @@ from tests.kernels.test_attention import (
     to_float64,
 )
 from tests.kernels.test_capped_attention import IMPLEMENTATIONS as ALL_IMPLEMENTATIONS
+from tests.kernels.test_capped_attention import eager as masked_eager
 from tests.rounding import assert_as_exact_as_eager
 
 QUERIES, KEYS = 45, 52
@@ -39,21 +40,13 @@ def shown(of, queries, keys):
 
 
 def eager(latents, keywords):
+    """With a mask of every pair."""
     of = AttentionOperands(*latents, **keywords)
-    heads = of.num_heads
-    q = lift(of.q, of.q_factor, of.q_bias, heads)
-    k = lift(of.k, of.k_factor, of.k_bias, heads)
-    v = lift(of.v, of.v_factor, of.v_bias, heads)
-    scores = q @ k.mT * of.scale
-    if of.softcap:
-        scores = torch.tanh(scores / of.softcap) * of.softcap
-    if of.mask is not None and of.mask.dtype == torch.bool:
-        scores = scores.masked_fill(~of.mask, float("-inf"))
-    elif of.mask is not None:
-        scores = scores + of.mask.to(scores.dtype)
-    scores = scores.masked_fill(~shown(of, *scores.shape[2:]), float("-inf"))
-    none = (scores == float("-inf")).all(-1, keepdim=True)
-    return torch.where(none, 0.0, torch.where(none, 0.0, scores).softmax(-1)) @ v * ~none
+    seen = shown(of, of.q.shape[2], of.k.shape[2])[None, None]
+    mask = seen if of.mask is None else of.mask
+    mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+    unbounded = {"is_causal": False, "ahead": 0, "behind": None, "mask": mask}
+    return masked_eager(latents, keywords | unbounded)
 
 
 def case(*, ahead=0, behind=None, softcap=0.0, queries=QUERIES, keys=KEYS, **given):
