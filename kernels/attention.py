@@ -110,7 +110,7 @@ def rank_space_attention(
     k_bias = None if of.k_factor is None else of.counted_k_bias
     optional = (
         of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink,
-        of.cos, of.sin, mask,
+        of.cos, of.sin, of.q_norm, mask,
     )  # fmt: skip
     # An absent operand has strides of 0 and is never read.
     absent = absent_operand(q)
@@ -123,7 +123,8 @@ def rank_space_attention(
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_strides(k_bias, 2), *_strides(of.sink, 1),
-        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
+        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_strides(of.q_norm, 1),
+        *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
     )  # fmt: skip
@@ -141,6 +142,7 @@ def rank_space_attention(
         HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
         HAS_K_BIAS=k_bias is not None, HAS_SINK=of.sink is not None, SOFTCAP=float(of.softcap),
         ROTARY_DIM=of.rotary_dim, ROTARY_PAIR=of.rotary_pair,
+        HAS_Q_NORM=of.q_norm is not None, NORM_EPS=float(of.q_norm_eps),
         ONE_ANGLE=of.cos is not None and of.cos.shape[-1] != of.rotary_dim,
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
