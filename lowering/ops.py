@@ -74,8 +74,8 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
 # blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
-# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim`` and ``q_norm_eps``: 0
-# for none.
+# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim`` and ``q_norm_eps``:
+# 0 for none.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(

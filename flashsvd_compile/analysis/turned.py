@@ -57,24 +57,43 @@ Sum = tuple[Term, ...]
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Divided by the root of the mean square of the features at ``places``, plus ``eps``; then
+    times ``weight``, an entry for each place."""
+
+    places: tuple[int, ...]
+    eps: float
+    weight: fx.Node | None = None
+
+
+@dataclass(frozen=True)
 class Turned:
     """``sums``: the features of a tensor, row-major over its atoms ``features``; those that vary
     in ``whole``, the lift as it was before any cut. ``latent``: its latent, cut as the tensor is.
 
-    ``is_complex``: the tensor's last dimension has pairs of features, re and im, as elements.
+    ``norm``: what was done to the lift before. ``is_complex``: the tensor's last dimension has
+    pairs of features, re and im, as elements.
     """
 
     whole: Factored
     latent: Labelled
     features: Dim
     sums: tuple[Sum, ...]
+    norm: Norm | None = None
     is_complex: bool = False
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of the first term of each feature."""
+        return tuple(s[0].place for s in self.sums)
 
     def scaled(self, number: float) -> "Turned":
         return replace(self, sums=tuple(tuple(t.times(number) for t in s) for s in self.sums))
 
     def is_of(self, other: "Turned") -> bool:
-        return (self.whole, self.latent) == (other.whole, other.latent)
+        """Is it made of the same lift, normalised alike?"""
+        mine, its = ((one.whole, one.latent, one.norm) for one in (self, other))
+        return mine == its
 
     def plus(self, other: "Turned") -> "Turned":
         pairs = zip(self.sums, other.sums, strict=True)
@@ -119,6 +138,17 @@ class Turned:
             place = dict(zip(order, at, strict=True))
             sums.append(self.sums[numbers[tuple(place[axis] for axis in range(len(now)))]])
         return replace(self, features=wanted, sums=tuple(sums))
+
+
+@dataclass(frozen=True)
+class MeanSquare:
+    """On the way from the lift ``of``, a tensor with ``dims``, to the inverse root of its mean
+    square: ``stage`` is "square", "mean", "shifted" (by ``eps``) or "inverse"."""
+
+    of: Turned
+    dims: Dims
+    stage: str = "square"
+    eps: float = 0.0
 
 
 def turned_by_nothing(space: AxisSpace, fact: Factored, dims: Dims) -> Turned | None:
