@@ -110,21 +110,20 @@ def rank_space_attention(
     k_bias = None if of.k_factor is None else of.counted_k_bias
     optional = (
         of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink,
-        of.cos, of.sin, of.q_norm, mask,
+        of.cos, of.sin, mask,
     )  # fmt: skip
     # An absent operand has strides of 0 and is never read.
     absent = absent_operand(q)
     operands = (
         q, k, v,
         *(absent if x is None else x for x in optional),
-        out,
+        out, absent if of.q_norm is None else of.q_norm.contiguous(),
         *((_described(x, tile) for x in (k, v)) if tile.is_described else (absent, absent)),
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_strides(k_bias, 2), *_strides(of.sink, 1),
-        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_strides(of.q_norm, 1),
-        *_table_strides(mask, 4),
+        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
     )  # fmt: skip

@@ -157,9 +157,8 @@ def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.
 
 @triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, cos, sin, q_norm, mask,
-    out,
-    k_described, v_described,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, cos, sin, mask, out,
+    q_norm, k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -172,7 +171,6 @@ def rank_space_attention_kernel(
     stride_sh,
     stride_cb, stride_cm, stride_ct,
     stride_sb, stride_sm, stride_st,
-    stride_qnd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
     scale, B, M, N, first_batch, first_head,
@@ -294,7 +292,7 @@ def rank_space_attention_kernel(
         q_latent = rotated_query(
             q, q_factor, q_bias, cos, sin, q_norm, queries,
             stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
-            stride_cm, stride_ct, stride_sm, stride_st, stride_qnd,
+            stride_cm, stride_ct, stride_sm, stride_st,
             M, D, R_Q, ROTARY_DIM, ROTARY_PAIR, ONE_ANGLE, HAS_Q_NORM, NORM_EPS,
             BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_BIAS,
             ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,

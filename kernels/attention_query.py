@@ -87,7 +87,7 @@ def _angles(
 def rotated_query(
     q, q_factor, q_bias, cos, sin, q_norm, queries,
     stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
-    stride_cm, stride_ct, stride_sm, stride_st, stride_qnd,
+    stride_cm, stride_ct, stride_sm, stride_st,
     M, D: tl.constexpr, R_Q: tl.constexpr,
     ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
     HAS_Q_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
@@ -132,8 +132,8 @@ def rotated_query(
         added = added * inverse
         if HAS_Q_NORM:
             FIT: tl.constexpr = D == COLUMNS
-            turned = turned * load_bias(q_norm, columns.to(tl.int64), stride_qnd, D, FIT)[None, :]
-            added = added * load_bias(q_norm, partners.to(tl.int64), stride_qnd, D, FIT)[None, :]
+            turned = turned * load_bias(q_norm, columns.to(tl.int64), 1, D, FIT)[None, :]
+            added = added * load_bias(q_norm, partners.to(tl.int64), 1, D, FIT)[None, :]
     turned = turned * _angles(
         cos, queries, entries, turns, stride_cm, stride_ct, M, 1.0, QUERIES_FIT, ALL_TURN
     )

@@ -28,7 +28,6 @@ MODELS = {
     "gemma2": FAMILIES["gemma2"][:2],
     "qwen3": FAMILIES["qwen3"][:2],
     "gemma3": ("Gemma3ForCausalLM", {**_SIZES, "head_dim": 16, "sliding_window": 8}),
-    "exaone4": ("Exaone4ForCausalLM", {**_SIZES, "head_dim": 16, "sliding_window": None}),
     "gpt_oss": FAMILIES["gpt_oss"][:2],
     "gpt_neox": ("GPTNeoXForCausalLM", {**_NEOX, "rotary_pct": 0.5}),
     "phi": ("PhiForCausalLM", {**_SIZES, "partial_rotary_factor": 0.5}),
