@@ -146,6 +146,7 @@ class Attention(Case):
             is_float16=self.dtype == "float16", mask=self.mask, is_causal=self.is_causal,
             keys_multiple=attention_extents.power_of_two_in(self.rows), generation=self.generation,
             table_bytes=getattr(torch, self.tables).itemsize if self.tables else 0,
+            is_normed=self.normed,
         )  # fmt: skip
 
     def is_sensible(self):

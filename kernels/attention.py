@@ -95,6 +95,7 @@ def rank_space_attention(
             is_describable=can_be_described,
             is_capped=of.softcap > 0,
             table_bytes=of.table_bytes,
+            is_normed=of.q_norm_eps > 0,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)

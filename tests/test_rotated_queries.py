@@ -453,6 +453,21 @@ def biased_behind_a_cut(self, x):
     return llama(torch.cat((first + self.table[:, :, :HALF], second), -1))
 
 
+def conjugate(self, x):
+    turn = torch.polar(torch.ones_like(angles(x)), angles(x))
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn.conj()).flatten(-2)
+
+
+def last_positions(self, x):
+    """Tables of more positions than queries are left of."""
+    return llama(x)[:, :, -2:]
+
+
+def some_heads(self, x):
+    return torch.cat((llama(x[:, 1:]), x[:, :1]), 1)
+
+
 def a_pair_twice(self, x):
     both = torch.cat((angles(x), angles(x)), -1)
     doubled = torch.cat((-x[..., HALF:], x[..., HALF:]), -1)
@@ -462,7 +477,7 @@ def a_pair_twice(self, x):
 FULL_WIDTH = (
     by_head, wrong_partner, no_pairs, one_sign, scaled_apart, passing_scaled, last_ones_turn,
     turned_twice, three_terms, squared, unlike_tables, in_disorder, written_table, active_dropout,
-    biased_behind_a_cut, a_pair_twice,
+    biased_behind_a_cut, a_pair_twice, conjugate, last_positions, some_heads,
 )  # fmt: skip
 
 

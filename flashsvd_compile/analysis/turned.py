@@ -13,6 +13,7 @@ factor begins in memory that makes them: a place is the same feature in whatever
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import sympy
 from torch import fx
@@ -37,8 +38,7 @@ class Table:
     is_complex: bool = False
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """``number`` times the feature at ``place``, times entry number ``entry`` of ``table``."""
 
     place: int
@@ -47,10 +47,10 @@ class Term:
     entry: int = 0
 
     def times(self, number: float) -> "Term":
-        return replace(self, number=self.number * number)
+        return self._replace(number=self.number * number)
 
     def of(self, table: Table, entry: int) -> "Term":
-        return replace(self, table=table, entry=entry)
+        return self._replace(table=table, entry=entry)
 
 
 Sum = tuple[Term, ...]
@@ -176,9 +176,10 @@ def places_of_last(space: AxisSpace, fact: Factored, dims: Dims) -> tuple[int, .
     own = set(made.atoms) - of_rank - of_latent
     if not set(features) <= own or not made.without(of_rank | of_latent).is_known:
         return None
-    strides = dict(zip(made.atoms, made.strides, strict=True))
+    start, strides = int(made.start), dict(zip(made.atoms, made.strides, strict=True))
+    steps = [int(strides[atom]) for atom in features]
     return tuple(
-        int(made.start + sum(strides[atom] * i for atom, i in zip(features, at, strict=True)))
+        start + sum(step * i for step, i in zip(steps, at, strict=True))
         for at in _positions(features)
     )
 

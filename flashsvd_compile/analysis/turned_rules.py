@@ -121,6 +121,8 @@ def _by_table(facts: Facts, node: fx.Node, known: Found, other: Any) -> Turned |
         return None
     if is_complex != turned.is_complex or not (is_complex or value(other).is_floating_point()):
         return None
+    if value(other).is_conj():  # has no real parts to be read
+        return None
     last = labels[-1:] != ((),)
     table = Table(
         other, (*labels[:-1], ()), (len(labels) - 1,) if labels and last else (), is_complex
