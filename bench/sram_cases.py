@@ -108,6 +108,7 @@ class Attention(Case):
     rows: int
     biased: bool
     tables: str = ""  # of a query that is turned: their dtype
+    normed: bool = False  # and normalised before
     is_windowed: bool = False
     module = attention
 
@@ -135,6 +136,7 @@ class Attention(Case):
             rng.choice(("none", "none", "scanned", "rows", "added")), rng.random() < 0.4,
             rng.choice((200, 512, 1024)), rng.random() < 0.5,
             rng.choice((dtype, "float32")) if q and not k and rng.random() < 0.8 else "",
+            rng.random() < 0.5,
             rng.random() < 0.2,
         )  # fmt: skip
 
@@ -147,6 +149,7 @@ class Attention(Case):
             is_causal=self.is_causal or self.is_windowed,
             keys_multiple=attention_extents.power_of_two_in(self.rows), generation=self.generation,
             table_bytes=getattr(torch, self.tables).itemsize if self.tables else 0,
+            is_normed=self.normed,
         )  # fmt: skip
 
     def is_sensible(self):
@@ -178,6 +181,8 @@ class Attention(Case):
         if self.tables:
             turned = {name: empty(1, rows, head_dim, dtype=self.tables) for name in ("cos", "sin")}
             turned |= {"rotary_dim": head_dim, "rotary_pair": head_dim // 2}
+            if self.normed:
+                turned |= {"q_norm": empty(head_dim, dtype=dtype), "q_norm_eps": 1e-6}
         of = AttentionOperands(
             q, k, v, num_heads=2, scale=0.1, is_causal=self.is_causal, mask=masks[self.mask],
             behind=100 if self.is_windowed else None, **factors, **turned,

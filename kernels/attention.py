@@ -98,6 +98,7 @@ def rank_space_attention(
             is_describable=can_be_described,
             is_capped=of.softcap > 0,
             table_bytes=of.table_bytes,
+            is_normed=of.q_norm_eps > 0,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
@@ -120,7 +121,7 @@ def rank_space_attention(
     operands = (
         q, k, v,
         *(absent if x is None else x for x in optional),
-        out,
+        out, absent if of.q_norm is None else of.q_norm.contiguous(),
         *((_described(x, tile) for x in (k, v)) if tile.is_described else (absent, absent)),
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
@@ -145,6 +146,7 @@ def rank_space_attention(
         HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
         HAS_K_BIAS=k_bias is not None, HAS_SINK=of.sink is not None, SOFTCAP=float(of.softcap),
         ROTARY_DIM=of.rotary_dim, ROTARY_PAIR=of.rotary_pair,
+        HAS_Q_NORM=of.q_norm is not None, NORM_EPS=float(of.q_norm_eps),
         ONE_ANGLE=of.cos is not None and of.cos.shape[-1] != of.rotary_dim,
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
         HAS_AHEAD=of.is_shifted, HAS_BEHIND=of.behind is not None,

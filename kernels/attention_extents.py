@@ -72,8 +72,9 @@ class AttentionExtents:
     known yet; ``keys_multiple``: `power_of_two_in` the number of keys, None where that is not.
     ``generation`` of the device, as ``"sm_90"``; ``is_describable``: whether k and v may be read
     through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``table_bytes``: of an
-    entry of the tables that lifted queries are turned by, 0 where they are not; ``is_widened``:
-    whether the rank of an operand is not innermost in memory.
+    entry of the tables that lifted queries are turned by, 0 where they are not; ``is_normed``:
+    whether they are normalised before; ``is_widened``: whether the rank of an operand is not
+    innermost in memory.
     """
 
     head_dim_qk: int
@@ -94,6 +95,7 @@ class AttentionExtents:
     is_widened: bool = False
     is_capped: bool = False
     table_bytes: int = 0
+    is_normed: bool = False
 
     @property
     def has_warpgroups(self) -> bool:

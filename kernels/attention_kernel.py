@@ -26,7 +26,7 @@ share of the sum. b_k adds shift = q b_k to a row's scores, once a tile of queri
 taken from the sink where there is none.
 
 RoPE. With ROTARY_DIM keys are dense, turned by the model, and the lifted query is turned once a
-tile of queries (``attention_query.py``).
+tile of queries, normalised before with NORM_EPS (``attention_query.py``).
 
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read
@@ -160,7 +160,7 @@ def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.
 @triton.jit
 def rank_space_attention_kernel(
     q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, cos, sin, mask, out,
-    k_described, v_described,
+    q_norm, k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -185,6 +185,7 @@ def rank_space_attention_kernel(
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
     HAS_K_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
     ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_AHEAD: tl.constexpr, HAS_BEHIND: tl.constexpr,
     QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -311,10 +312,10 @@ def rank_space_attention_kernel(
             q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
     elif ROTARY_DIM > 0:
         q_latent = rotated_query(
-            q, q_factor, q_bias, cos, sin, queries,
+            q, q_factor, q_bias, cos, sin, q_norm, queries,
             stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
             stride_cm, stride_ct, stride_sm, stride_st,
-            M, D, R_Q, ROTARY_DIM, ROTARY_PAIR, ONE_ANGLE,
+            M, D, R_Q, ROTARY_DIM, ROTARY_PAIR, ONE_ANGLE, HAS_Q_NORM, NORM_EPS,
             BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_BIAS,
             ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from flashsvd_compile.kernels.attention_band import blocks_of, mask_of
 from flashsvd_compile.kernels.attention_operands import AttentionOperands, AttentionShape
 from flashsvd_compile.kernels.attention_reference import repeat_heads
 from flashsvd_compile.kernels.attention_scores import attend_by_scores
+from flashsvd_compile.kernels.head_norm import normalized
 from flashsvd_compile.kernels.rotation import rotated
 from torch import Tensor
 
@@ -97,6 +98,8 @@ def _rank_space_queries(of: AttentionOperands) -> Tensor:
         queries = _lift(q, q_factor, q_bias, num_heads)
         if of.cos is None or of.sin is None:
             return queries
+        if of.q_norm_eps:
+            queries = normalized(queries, of.q_norm, of.q_norm_eps)
         return rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     to_rank_k = k_factor.transpose(-1, -2)
     if q_factor is None or not _is_absorbing_cheaper(of.shape):

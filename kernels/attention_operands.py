@@ -10,7 +10,8 @@ and, with a ``softcap`` c or a ``sink`` t of each head,
     output  = (weights P_v) V_vᵀ + (Σ weights) b_v
 
 and, with ``cos`` and ``sin``, the lifted query P_q V_qᵀ + b_q turned (``rotation.py``), for dense
-keys that the model has turned itself.
+keys that the model has turned itself. Before that it is normalised (``head_norm.py``) where
+``q_norm_eps`` is not 0.
 
 =============  ======================  ============================================
 operand        shape                   meaning
@@ -27,6 +28,7 @@ operand        shape                   meaning
 ``sink``       [H_t]                   t, floating; None: nothing beside the keys is attended to
 ``cos``        [B|1, M|1, T]           of RoPE, floating, T: ``rotary_dim`` or half of that
 ``sin``        [B|1, M|1, T]           the same
+``q_norm``     [D]                     of an RMSNorm ahead of that, floating; None: all ones
 ``mask``       [B|1, H|1, M|1, N|1]    bool (True attends), or floating and added
 output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 =============  ======================  ============================================
@@ -88,6 +90,7 @@ class AttentionOperands:
     sink: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    q_norm: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
     ahead: int = 0
@@ -95,6 +98,7 @@ class AttentionOperands:
     softcap: float = 0.0
     rotary_dim: int = 0
     rotary_pair: int = 0
+    q_norm_eps: float = 0.0
 
     @property
     def is_plain(self) -> bool:
@@ -176,11 +180,22 @@ class AttentionOperands:
         check_rotation(self.cos, self.sin, self.rotary_dim, self.rotary_pair, rows)
         if self.is_rotated and (self.q_factor is None or self.k_factor is not None):
             raise ValueError("only lifted queries are turned, and for dense keys")
+        self._check_norm(head_dim_qk)
         if self.mask is not None:
             _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)
         return AttentionShape(
             batch, num_heads, queries, keys, head_dim_qk, head_dim_v, rank_q, rank_k, rank_v
         )
+
+    def _check_norm(self, head_dim: int) -> None:
+        if not self.q_norm_eps and self.q_norm is None:
+            return
+        if not 0 < self.q_norm_eps < math.inf or not self.is_rotated:
+            raise ValueError("only queries that turn are normalised, with a positive q_norm_eps")
+        if self.q_norm is not None:
+            _check("q_norm", self.q_norm, (head_dim,))
+            if not self.q_norm.dtype.is_floating_point:
+                raise ValueError(f"q_norm must be floating, got {self.q_norm.dtype}")
 
 
 def _check(name: str, operand: Tensor, expected: tuple[int | None, ...]) -> None:

@@ -85,11 +85,12 @@ def _angles(
 
 @triton.jit
 def rotated_query(
-    q, q_factor, q_bias, cos, sin, queries,
+    q, q_factor, q_bias, cos, sin, q_norm, queries,
     stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
     stride_cm, stride_ct, stride_sm, stride_st,
     M, D: tl.constexpr, R_Q: tl.constexpr,
     ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_RQ: tl.constexpr,
     QUERIES_FIT: tl.constexpr, HAS_Q_BIAS: tl.constexpr,
     ALIGNED_Q: tl.constexpr, ALIGNED_FQ: tl.constexpr,
@@ -97,7 +98,8 @@ def rotated_query(
 ):  # fmt: skip
     """P_q V_qᵀ + b_q with its first ROTARY_DIM columns turned, float32 [BLOCK_M, COLUMNS].
 
-    ONE_ANGLE: tables hold an angle for each pair, else one for each column.
+    ONE_ANGLE: tables hold an angle for each pair, else one for each column. With NORM_EPS each
+    query is normalised before, HAS_Q_NORM: times a weight; its partners have the same mean square.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     columns = tl.arange(0, COLUMNS)
@@ -122,10 +124,20 @@ def rotated_query(
     ).to(DTYPE)  # fmt: skip
     ALL_TURN: tl.constexpr = ROTARY_DIM == COLUMNS
     entries = entries.to(tl.int64)
-    turned = own.to(tl.float32) * _angles(
+    turned = own.to(tl.float32)
+    added = other.to(tl.float32)
+    if NORM_EPS > 0:
+        inverse = tl.rsqrt(tl.sum(turned * turned, 1) / D + NORM_EPS)[:, None]
+        turned = turned * inverse
+        added = added * inverse
+        if HAS_Q_NORM:
+            FIT: tl.constexpr = D == COLUMNS
+            turned = turned * load_bias(q_norm, columns.to(tl.int64), 1, D, FIT)[None, :]
+            added = added * load_bias(q_norm, partners.to(tl.int64), 1, D, FIT)[None, :]
+    turned = turned * _angles(
         cos, queries, entries, turns, stride_cm, stride_ct, M, 1.0, QUERIES_FIT, ALL_TURN
     )
-    added = other.to(tl.float32) * _angles(
+    added = added * _angles(
         sin, queries, entries, turns, stride_sm, stride_st, M, 0.0, QUERIES_FIT, ALL_TURN
     )
     return turned + tl.where(is_first[None, :], -added, added)

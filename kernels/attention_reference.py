@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from flashsvd_compile.kernels.attention_band import mask_of
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_scores import attend_by_scores
+from flashsvd_compile.kernels.head_norm import normalized
 from flashsvd_compile.kernels.rotation import rotated
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from torch import Tensor
 def lifted_attention(of: AttentionOperands) -> Tensor:
     """Lift q, k and v, then attend. Returns [B, H, M, D_v] in memory laid out [B, M, H, D_v]."""
     queries = lift(of.q, of.q_factor, of.q_bias, of.num_heads)
+    if of.q_norm_eps:
+        queries = normalized(queries, of.q_norm, of.q_norm_eps)
     if of.cos is not None and of.sin is not None:
         queries = rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     keys = lift(of.k, of.k_factor, of.counted_k_bias, of.num_heads)

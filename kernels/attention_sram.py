@@ -317,13 +317,14 @@ class _Layout:
             yield Buffer(self.chunk_q * self.lift_columns * size, _QUERY_FACTOR, _LIFTED)
         if self.is_lifted_shared:
             yield Buffer(m * self.chunk_d * size, _LIFTED, _LIFTED_END)
-        if of.table_bytes == WIDE_TABLE_BYTES and self.padded_k > NARROW_TABLE:
+        if of.table_bytes >= WIDE_TABLE_BYTES and self.padded_k > NARROW_TABLE:
             # A table changes its layout to that of the query, which is in registers meanwhile.
             yield Buffer(m * self.padded_k * of.table_bytes, _LIFTED, _LIFTED_END)
         if of.table_bytes and m == WARP_ROWS:
             # So does the query, with padding, where all warps share its rows: beside the lift of
-            # the columns' partners.
-            yield Buffer(m * self.padded_k * size * 5 // 4, _QUERIES, _LIFTED_END)
+            # the columns' partners. To be normalised it is in float32.
+            row = self.padded_k * (4 if of.is_normed else size)
+            yield Buffer(m * row * 5 // 4, _QUERIES, _LIFTED_END)
         if self.query_end:
             yield Buffer(m * self.padded_k * size, _QUERY, self.query_end)
         copied_keys, copied_values = (

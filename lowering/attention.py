@@ -58,7 +58,10 @@ def lower_attention(
         "sram_budget": sram_budget,
         "softcap": site.softcap,
     }
-    beside = k_bias, sink, *_tables(site, builder)
+    norm = None if query.rotation is None else query.rotation.norm
+    beside = k_bias, sink, *_tables(site, builder), None if norm is None else norm.weight
+    if norm is not None:
+        numbers["q_norm_eps"] = norm.eps
     if query.rotation is not None:
         numbers |= {"rotary_dim": query.rotation.rotary_dim, "rotary_pair": query.rotation.pair}
     lifts = (

@@ -46,13 +46,13 @@ _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 # the model's own graph would.
 _ATTENTION_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask", "k_bias",
-    "sink", "cos", "sin",
+    "sink", "cos", "sin", "q_norm",
 )  # fmt: skip
 # ``q``, ``k`` and ``v`` are x where there is a factor that makes the latent of it, ``q_u``.
 _ATTENTION_BLOCKS_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask",
     "q_u", "q_latent_bias", "k_u", "k_latent_bias", "v_u", "v_latent_bias", "k_bias", "sink",
-    "cos", "sin",
+    "cos", "sin", "q_norm",
 )  # fmt: skip
 _FEED_FORWARD_TENSORS = (
     "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
@@ -74,15 +74,15 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
 # blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
-# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim``: 0 for none;
-# ``ahead``, ``behind``: see `AttentionOperands`.
+# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim`` and ``q_norm_eps``:
+# 0 for none; ``ahead``, ``behind``: see `AttentionOperands`.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(
         _ATTENTION_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0, "
-        "float softcap=0.0, int rotary_dim=0, int rotary_pair=0, SymInt ahead=0, "
-        "SymInt? behind=None",
+        "float softcap=0.0, int rotary_dim=0, int rotary_pair=0, float q_norm_eps=0.0, "
+        "SymInt ahead=0, SymInt? behind=None",
     )
 )
 # ``heads``: of q, k and v, where x does not tell.
@@ -92,7 +92,7 @@ _LIBRARY.define(
         _ATTENTION_BLOCKS_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] heads, int block_batch, "
         "int block_heads, int[] tile, int sram_budget=0, float softcap=0.0, int rotary_dim=0, "
-        "int rotary_pair=0, SymInt ahead=0, SymInt? behind=None",
+        "int rotary_pair=0, float q_norm_eps=0.0, SymInt ahead=0, SymInt? behind=None",
     )
 )
 _LIBRARY.define(
@@ -421,8 +421,8 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
 _differentiable(
     "rank_space_attention", recomputed_attention, _attention_operands,
     (
-        "num_heads", "is_causal", "scale", "softcap", "rotary_dim", "rotary_pair", "ahead",
-        "behind",
+        "num_heads", "is_causal", "scale", "softcap", "rotary_dim", "rotary_pair", "q_norm_eps",
+        "ahead", "behind",
     ),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):

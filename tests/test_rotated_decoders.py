@@ -26,6 +26,8 @@ _NEOX = {k: x for k, x in _SIZES.items() if k != "num_key_value_heads"}
 MODELS = {
     **{name: FAMILIES[name][:2] for name in ("llama", "llama3", "mistral", "qwen2", "phi3")},
     "gemma2": FAMILIES["gemma2"][:2],
+    "qwen3": FAMILIES["qwen3"][:2],
+    "gemma3": ("Gemma3ForCausalLM", {**_SIZES, "head_dim": 16, "sliding_window": 8}),
     "gpt_oss": FAMILIES["gpt_oss"][:2],
     "gpt_neox": ("GPTNeoXForCausalLM", {**_NEOX, "rotary_pct": 0.5}),
     "phi": ("PhiForCausalLM", {**_SIZES, "partial_rotary_factor": 0.5}),

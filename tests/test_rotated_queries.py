@@ -240,6 +240,133 @@ def test_gradients(tmp_path):
     assert site.plan.site.query.rotation is not None
 
 
+# ---- normalised before --------------------------------------------------------------------------
+
+
+def rms_norm(x, weight=None, eps=1e-2):
+    """As Llama's, which Qwen-3 has for each head."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) if weight is None else weight * wide.to(x.dtype)
+
+
+def qwen3(self, x):
+    return llama(rms_norm(x, self.weight))
+
+
+def without_a_weight(self, x):
+    return partial(rms_norm(x))
+
+
+def gemma3(self, x):
+    """A weight that is one more than its parameter."""
+    return llama(rms_norm(x) * (1.0 + self.weight))
+
+
+def one_operator(self, x):
+    return neighbours(F.rms_norm(x, (HEAD_DIM,), self.weight, 1e-2))
+
+
+def squared_by_hand(self, x):
+    return llama(x * ((x * x).mean(-1, keepdim=True) + 1e-2) ** -0.5 * self.weight)
+
+
+def scaled_behind(self, x):
+    return llama(rms_norm(x, self.weight)) * 0.7
+
+
+NORMS = (qwen3, without_a_weight, gemma3, one_operator, squared_by_hand, scaled_behind)
+
+
+@pytest.mark.parametrize("turn", NORMS, ids=lambda turn: turn.__name__)
+def test_normalised_queries(turn, tmp_path):
+    model = Turning()
+    model.weight = nn.Parameter(torch.randn(HEAD_DIM))
+    model.turn = lambda q: turn(model, q)
+    check(model, (hidden_states(),), into=tmp_path, found=ONE_SITE, ranks=TURNED)
+
+
+def layer_norm(self, x):
+    return llama(F.layer_norm(x, (HEAD_DIM,), self.weight))
+
+
+def of_all_heads(self, x):
+    flat = rms_norm(x.transpose(1, 2).flatten(2))
+    return llama(flat.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2))
+
+
+def over_positions(self, x):
+    return llama(x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-2))
+
+
+def of_a_part(self, x):
+    return llama(torch.cat((rms_norm(x[..., :HALF]), rms_norm(x[..., HALF:])), -1))
+
+
+def behind_the_turn(self, x):
+    return rms_norm(llama(x), self.weight)
+
+
+def without_a_turn(self, x):
+    return rms_norm(x, self.weight)
+
+
+def twice(self, x):
+    return llama(rms_norm(rms_norm(x)))
+
+
+def weighed_twice(self, x):
+    return llama(rms_norm(x, self.weight) * self.weight)
+
+
+def weight_for_each_head(self, x):
+    return llama(rms_norm(x) * self.table)
+
+
+def scaled_ahead(self, x):
+    return llama(rms_norm(x * 0.5, self.weight))
+
+
+def of_another_scale(self, x):
+    return llama(x * torch.rsqrt((2 * x).pow(2).mean(-1, keepdim=True) + 1e-2))
+
+
+def cubed(self, x):
+    return llama(x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-2))
+
+
+def shifted_twice(self, x):
+    return llama(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2 + 1e-2))
+
+
+def of_the_keys(self, x):
+    return llama(x * torch.rsqrt(x.flip(1).pow(2).mean(-1, keepdim=True) + 1e-2))
+
+
+OTHER_NORMS = (
+    layer_norm, of_all_heads, over_positions, of_a_part, behind_the_turn, without_a_turn, twice,
+    weighed_twice, weight_for_each_head, scaled_ahead, of_another_scale, cubed, shifted_twice,
+    of_the_keys,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", OTHER_NORMS, ids=lambda turn: turn.__name__)
+def test_other_norms(turn, tmp_path):
+    model = Turning()
+    model.weight = nn.Parameter(torch.randn(HEAD_DIM))
+    model.turn = lambda q: turn(model, q)
+    check(model, (hidden_states(),), into=tmp_path, found=ONE_SITE, ranks=WIDE)
+
+
+def test_gradients_of_normalised_queries():
+    model, x = Turning(), hidden_states()
+    model.weight = nn.Parameter(torch.randn(HEAD_DIM))
+    model.turn = lambda q: qwen3(model, q)
+    with torch.enable_grad():
+        compiled = torch.compile(model, backend="flashsvd", options=OPTIONS)
+        assert_same_gradients(model, compiled, x)
+
+
 # ---- what stays at full width -------------------------------------------------------------------
 
 
@@ -326,6 +453,21 @@ def biased_behind_a_cut(self, x):
     return llama(torch.cat((first + self.table[:, :, :HALF], second), -1))
 
 
+def conjugate(self, x):
+    turn = torch.polar(torch.ones_like(angles(x)), angles(x))
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn.conj()).flatten(-2)
+
+
+def last_positions(self, x):
+    """Tables of more positions than queries are left of."""
+    return llama(x)[:, :, -2:]
+
+
+def some_heads(self, x):
+    return torch.cat((llama(x[:, 1:]), x[:, :1]), 1)
+
+
 def a_pair_twice(self, x):
     both = torch.cat((angles(x), angles(x)), -1)
     doubled = torch.cat((-x[..., HALF:], x[..., HALF:]), -1)
@@ -335,7 +477,7 @@ def a_pair_twice(self, x):
 FULL_WIDTH = (
     by_head, wrong_partner, no_pairs, one_sign, scaled_apart, passing_scaled, last_ones_turn,
     turned_twice, three_terms, squared, unlike_tables, in_disorder, written_table, active_dropout,
-    biased_behind_a_cut, a_pair_twice,
+    biased_behind_a_cut, a_pair_twice, conjugate, last_positions, some_heads,
 )  # fmt: skip
 
 

@@ -53,10 +53,16 @@ def rotated_lift(facts: Facts, node: fx.Node) -> RotatedLift | None:
         if _outer(facts, lifted) != _outer(facts, node):  # more heads, or more rows
             continue
         places = places_of_last(facts.space, fact, dims)
+        if turned.norm is not None and (turned.norm.places != places or not _is_unscaled(fact)):
+            continue
         if places is not None and (found := _read(facts.space, turned, places, dims)) is not None:
             number, rotation = found
             return RotatedLift(node, lifted, fact.scaled(number), rotation, region)
     return None
+
+
+def _is_unscaled(fact: Factored) -> bool:
+    return fact.scale == 1 and all(bias.scale == 1 for bias in fact.biases)
 
 
 def _outer(facts: Facts, node: fx.Node) -> set[Atom]:
@@ -100,7 +106,9 @@ def _read(
     if cos is None or sin is None or cos.count != sin.count:
         return None
     sin = replace(sin, negated=signs[0] != number)
-    rotation = Rotation(turned.whole.lift, cos, sin, rotary_dim, pair, space.leaves(dims[-1]))
+    rotation = Rotation(
+        turned.whole.lift, cos, sin, rotary_dim, pair, space.leaves(dims[-1]), turned.norm
+    )
     return number, rotation
 
 

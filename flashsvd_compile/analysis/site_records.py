@@ -21,6 +21,7 @@ from flashsvd_compile.analysis.axes import Dim, Dims, Size, volume
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Bias, Factored, Labelled
 from flashsvd_compile.analysis.shared_lift_records import SharedLift
+from flashsvd_compile.analysis.turned import Norm
 from flashsvd_compile.reason import Reason
 
 
@@ -52,7 +53,7 @@ class Rotation:
     """RoPE between ``lift`` and what attention reads: of the first ``rotary_dim`` features those
     that are ``pair`` apart turn (see ``kernels/rotation.py``).
 
-    ``width``: the lift's own atoms for head_dim.
+    ``width``: the lift's own atoms for head_dim. ``norm``: what is done to the lift before.
     """
 
     lift: fx.Node
@@ -61,6 +62,7 @@ class Rotation:
     rotary_dim: int
     pair: int
     width: Dim
+    norm: Norm | None = None
 
     @property
     def table_bytes(self) -> int:

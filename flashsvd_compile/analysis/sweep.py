@@ -11,7 +11,13 @@ import operator
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis import attention_rules, product_rules, sink_rules, turned_rules
+from flashsvd_compile.analysis import (
+    attention_rules,
+    normed_rules,
+    product_rules,
+    sink_rules,
+    turned_rules,
+)
 from flashsvd_compile.analysis.axes import Dims, same, shape_of
 from flashsvd_compile.analysis.calls import (
     arguments,
@@ -93,6 +99,7 @@ def _visit(facts: Facts, node: fx.Node) -> None:
         return
     _infer(facts, node)
     if not is_layout(node):
+        normed_rules.infer(facts, node)
         turned_rules.infer(facts, node)
 
 

@@ -13,6 +13,7 @@ factor begins in memory that makes them: a place is the same feature in whatever
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import sympy
 from torch import fx
@@ -37,8 +38,7 @@ class Table:
     is_complex: bool = False
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """``number`` times the feature at ``place``, times entry number ``entry`` of ``table``."""
 
     place: int
@@ -47,13 +47,23 @@ class Term:
     entry: int = 0
 
     def times(self, number: float) -> "Term":
-        return replace(self, number=self.number * number)
+        return self._replace(number=self.number * number)
 
     def of(self, table: Table, entry: int) -> "Term":
-        return replace(self, table=table, entry=entry)
+        return self._replace(table=table, entry=entry)
 
 
 Sum = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Divided by the root of the mean square of the features at ``places``, plus ``eps``; then
+    times ``weight``, an entry for each place."""
+
+    places: tuple[int, ...]
+    eps: float
+    weight: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -61,20 +71,29 @@ class Turned:
     """``sums``: the features of a tensor, row-major over its atoms ``features``; those that vary
     in ``whole``, the lift as it was before any cut. ``latent``: its latent, cut as the tensor is.
 
-    ``is_complex``: the tensor's last dimension has pairs of features, re and im, as elements.
+    ``norm``: what was done to the lift before. ``is_complex``: the tensor's last dimension has
+    pairs of features, re and im, as elements.
     """
 
     whole: Factored
     latent: Labelled
     features: Dim
     sums: tuple[Sum, ...]
+    norm: Norm | None = None
     is_complex: bool = False
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of the first term of each feature."""
+        return tuple(s[0].place for s in self.sums)
 
     def scaled(self, number: float) -> "Turned":
         return replace(self, sums=tuple(tuple(t.times(number) for t in s) for s in self.sums))
 
     def is_of(self, other: "Turned") -> bool:
-        return (self.whole, self.latent) == (other.whole, other.latent)
+        """Is it made of the same lift, normalised alike?"""
+        mine, its = ((one.whole, one.latent, one.norm) for one in (self, other))
+        return mine == its
 
     def plus(self, other: "Turned") -> "Turned":
         pairs = zip(self.sums, other.sums, strict=True)
@@ -121,6 +140,17 @@ class Turned:
         return replace(self, features=wanted, sums=tuple(sums))
 
 
+@dataclass(frozen=True)
+class MeanSquare:
+    """On the way from the lift ``of``, a tensor with ``dims``, to the inverse root of its mean
+    square: ``stage`` is "square", "mean", "shifted" (by ``eps``) or "inverse"."""
+
+    of: Turned
+    dims: Dims
+    stage: str = "square"
+    eps: float = 0.0
+
+
 def turned_by_nothing(space: AxisSpace, fact: Factored, dims: Dims) -> Turned | None:
     """A lift with ``dims`` whose last one is features, no more than `MAX_FEATURES`."""
     places = places_of_last(space, fact, dims)
@@ -146,9 +176,10 @@ def places_of_last(space: AxisSpace, fact: Factored, dims: Dims) -> tuple[int, .
     own = set(made.atoms) - of_rank - of_latent
     if not set(features) <= own or not made.without(of_rank | of_latent).is_known:
         return None
-    strides = dict(zip(made.atoms, made.strides, strict=True))
+    start, strides = int(made.start), dict(zip(made.atoms, made.strides, strict=True))
+    steps = [int(strides[atom]) for atom in features]
     return tuple(
-        int(made.start + sum(strides[atom] * i for atom, i in zip(features, at, strict=True)))
+        start + sum(step * i for step, i in zip(steps, at, strict=True))
         for at in _positions(features)
     )
 

@@ -28,7 +28,7 @@ def infer(facts: Facts, node: fx.Node) -> None:
     """What ``node``, which is no layout operator and writes nothing, is of turned operands, where
     no simpler fact tells it."""
     rule = _RULES.get(packet(node))
-    if rule is None or node in facts.factored or node in facts.scores:
+    if rule is None or any(node in known for known in (facts.factored, facts.scores, facts.turned)):
         return
     found = rule(facts, node)
     if found is not None:
@@ -44,7 +44,7 @@ def carry(facts: Facts, source: fx.Node, node: fx.Node, moved: Moved) -> None:
         facts.turned[node] = found
 
 
-def _known(facts: Facts, node: Any) -> Found | None:
+def known_turned(facts: Facts, node: Any) -> Found | None:
     """``node`` as a turned tensor, if only by nothing yet, whose last dimension are its features;
     or, complex, pairs of them."""
     if not is_tensor(node):
@@ -71,13 +71,13 @@ def _read(facts: Facts, node: fx.Node, dims: Dims) -> Turned | None:
 
 
 def _negative(facts: Facts, node: fx.Node) -> Found | None:
-    known = _known(facts, node.args[0])
+    known = known_turned(facts, node.args[0])
     return None if known is None else (known[0].scaled(-1.0), known[1])
 
 
 def _product(facts: Facts, node: fx.Node) -> Found | None:
     for one, other in (node.args[:2], node.args[1::-1]):
-        if (known := _known(facts, one)) is None:
+        if (known := known_turned(facts, one)) is None:
             continue
         if (number := constant(other)) is not None:
             found = known[0].scaled(number) if math.isfinite(number) else None
@@ -88,14 +88,14 @@ def _product(facts: Facts, node: fx.Node) -> Found | None:
 
 
 def _quotient(facts: Facts, node: fx.Node) -> Found | None:
-    number, known = constant(node.args[1]), _known(facts, node.args[0])
+    number, known = constant(node.args[1]), known_turned(facts, node.args[0])
     if known is None or not number or arguments(node).get("rounding_mode") is not None:
         return None
     return known[0].scaled(1 / number), known[1]
 
 
 def _sum(facts: Facts, node: fx.Node) -> Found | None:
-    left, right = (_known(facts, argument) for argument in node.args[:2])
+    left, right = (known_turned(facts, argument) for argument in node.args[:2])
     number = constant(arguments(node)["alpha"])
     if left is None or right is None or number is None:
         return None
@@ -103,7 +103,7 @@ def _sum(facts: Facts, node: fx.Node) -> Found | None:
     if packet(node) in (aten.sub, aten.subtract):
         number = -number
     alike = mine.is_of(its) and len(mine.sums) == len(its.sums)
-    if not alike or mine.is_complex or its.is_complex or not _share_outer(facts, dims, others):
+    if not alike or mine.is_complex or its.is_complex or not share_outer(facts, dims, others):
         return None
     return mine.plus(its.scaled(number)), dims
 
@@ -120,6 +120,8 @@ def _by_table(facts: Facts, node: fx.Node, known: Found, other: Any) -> Turned |
     if labels is None or not untouched or len(shape) != len(dims):
         return None
     if is_complex != turned.is_complex or not (is_complex or value(other).is_floating_point()):
+        return None
+    if value(other).is_conj():  # has no real parts to be read
         return None
     last = labels[-1:] != ((),)
     table = Table(
@@ -146,7 +148,7 @@ def _complex_product(sums: tuple[Sum, ...], table: Table, entries: Any) -> list[
 # ---- joins --------------------------------------------------------------------------------------
 
 
-def _share_outer(facts: Facts, dims: Dims, others: Dims) -> bool:
+def share_outer(facts: Facts, dims: Dims, others: Dims) -> bool:
     refine = facts.space.refine
     return len(dims) == len(others) and refine(dims[:-1]) == refine(others[:-1])
 
@@ -158,11 +160,11 @@ def _parts(facts: Facts, node: fx.Node) -> list[Found] | None:
     for tensor in node.args[0]:  # type: ignore[union-attr]
         if value(tensor).dim() == value(node).dim() and shape_of(value(tensor))[-1] == 0:
             continue
-        known = _known(facts, tensor)
+        known = known_turned(facts, tensor)
         if known is None or known[0].is_complex:
             return None
         if parts and not (
-            known[0].is_of(parts[0][0]) and _share_outer(facts, known[1], parts[0][1])
+            known[0].is_of(parts[0][0]) and share_outer(facts, known[1], parts[0][1])
         ):
             return None
         parts.append(known)
@@ -212,7 +214,7 @@ def _as_complex(facts: Facts, node: fx.Node) -> Found | None:
 
 
 def _as_real(facts: Facts, node: fx.Node) -> Found | None:
-    known = _known(facts, node.args[0])
+    known = known_turned(facts, node.args[0])
     if known is None or not known[0].is_complex:
         return None
     turned, dims = known

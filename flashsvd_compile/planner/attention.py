@@ -147,6 +147,7 @@ def _attention_tiling(
         is_causal=site.is_causal,
         is_capped=site.softcap > 0,
         table_bytes=0 if query.rotation is None else query.rotation.table_bytes,
+        is_normed=query.rotation is not None and query.rotation.norm is not None,
         keys_multiple=attention_extents.power_of_two_in(int(keys)) if keys.is_number else None,
         generation=device.generation,
     )

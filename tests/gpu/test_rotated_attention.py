@@ -18,7 +18,7 @@ pytestmark = [
 
 def turned_operands(
     dtype, *, head_dim=64, rotary_dim=None, pair=None, half=False, tables=None, lifted="qv",
-    ranks=(32, 32, 32), **given,
+    ranks=(32, 32, 32), normed=False, **given,
 ):  # fmt: skip
     """Two angles for each pair, unless tables are ``half`` as wide."""
     latents, keywords = random_operands(
@@ -28,6 +28,8 @@ def turned_operands(
     rows = (latents[0].shape[0], latents[0].shape[2], rotary_dim // 2 if half else rotary_dim)
     for name in ("cos", "sin"):
         keywords[name] = torch.randn(rows, device="cuda").to(tables or dtype)
+    if normed:
+        keywords |= {"q_norm": torch.randn(head_dim, device="cuda").to(dtype), "q_norm_eps": 1e-6}
     return latents, keywords | {"rotary_dim": rotary_dim, "rotary_pair": pair or rotary_dim // 2}
 
 
@@ -79,6 +81,17 @@ def test_spellings(head_dim, rotary_dim, pair, half, tables, dtype):
     assert_right(
         *turned_operands(
             dtype, head_dim=head_dim, rotary_dim=rotary_dim, pair=pair, half=half, tables=tables,
+            queries=200, keys=333, is_causal=True,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 128), (128, 64), (80, 32)])
+def test_normalised(head_dim, rotary_dim, dtype):
+    assert_right(
+        *turned_operands(
+            dtype, head_dim=head_dim, rotary_dim=rotary_dim, normed=True, heads=6, latent_heads=2,
             queries=200, keys=333, is_causal=True,
         )
     )  # fmt: skip

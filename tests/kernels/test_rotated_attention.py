@@ -49,6 +49,11 @@ def eager(latents, keywords):
     of = AttentionOperands(*latents, **keywords)
     heads = of.num_heads
     q = lift(of.q, of.q_factor, of.q_bias, heads)
+    if of.q_norm_eps:
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + of.q_norm_eps)
+        q = wide.to(q.dtype)
+        q = q if of.q_norm is None else of.q_norm * q
     q = turned(q, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     k = lift(of.k, None, None, heads)
     v = lift(of.v, of.v_factor, of.v_bias, heads)
@@ -68,7 +73,7 @@ def eager(latents, keywords):
 
 def case(
     *, rotary_dim=None, neighbours=False, half=False, of_batch=True, at_once=False,
-    tables=None, softcap=0.0, lifted="qv", **given,
+    tables=None, softcap=0.0, lifted="qv", norm=None, **given,
 ):  # fmt: skip
     """As `operands`, with tables whose two angles of a pair differ, unless they are ``half``."""
     latents, keywords = operands(lifted=lifted, **given)
@@ -80,6 +85,10 @@ def case(
     for name in ("cos", "sin"):
         table = torch.randn(rows, generator=generator)
         keywords[name] = table.to(DEVICE, tables or q.dtype)
+    if norm is not None:
+        keywords["q_norm_eps"] = 1e-2
+    if norm == "weighed":
+        keywords["q_norm"] = torch.randn(width, generator=generator).to(DEVICE, q.dtype)
     pair = 1 if neighbours else rotary_dim // 2
     return latents, keywords | {
         "rotary_dim": rotary_dim, "rotary_pair": pair, "softcap": softcap,
@@ -115,6 +124,11 @@ CASES = {
     "added": {"mask": lambda *of: added(float("-inf"), *of)},
     "added_soft_causal": {"mask": lambda *of: added(SOFT, *of), "is_causal": True},
     "capped": {"softcap": 2.0, "mask": padding},
+    "normalised": {"norm": "plain"},
+    "normalised_and_weighed": {"norm": "weighed", "is_causal": True},
+    "normalised_head_dim_40": {"norm": "weighed", "head_dim": 40, "rotary_dim": 24, "bias": False},
+    "normalised_neighbours": {"norm": "weighed", "neighbours": True, "dtype": torch.bfloat16},
+    "normalised_float16": {"norm": "weighed", "dtype": torch.float16, "mask": padding},
 }
 
 
@@ -163,11 +177,14 @@ def test_strides_of_tables_are_free():
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("rotary_dim", [None, 4])
+@pytest.mark.parametrize("norm", [None, "weighed"])
 @pytest.mark.parametrize("plain", [rank_space_attention_library, lifted_attention])
-def test_differentiable(plain, rotary_dim, half):
+def test_differentiable(plain, norm, rotary_dim, half):
     small = {"head_dim": 6, "head_dim_v": 5, "ranks": (3, 4, 2), "batch": 1}
-    latents, keywords = case(rotary_dim=rotary_dim, half=half, queries=3, keys=4, **small)
-    names = ["q_factor", "q_bias", "v_factor", "v_bias", "cos", "sin"]
+    latents, keywords = case(
+        rotary_dim=rotary_dim, half=half, norm=norm, queries=3, keys=4, **small
+    )
+    names = ["q_factor", "q_bias", "v_factor", "v_bias", "cos", "sin"] + ["q_norm"] * bool(norm)
     assert_differentiable(plain, *to_float64(latents, keywords), names)
 
 
@@ -196,6 +213,12 @@ BROKEN = {
     "of_another_batch": ({"sin": torch.zeros(3, 19, 32)}, "sin must be"),
     "of_unlike_widths": ({"sin": torch.zeros(2, 19, 16)}, "sin must be"),
     "of_integers": ({"cos": torch.zeros(2, 19, 32, dtype=torch.int64)}, "must be floating"),
+    "norm_of_no_eps": ({"q_norm": torch.zeros(32)}, "a positive q_norm_eps"),
+    "norm_of_another_width": ({"q_norm": torch.zeros(16), "q_norm_eps": 1e-6}, "q_norm must be"),
+    "norm_of_what_does_not_turn": (
+        {"cos": None, "sin": None, "rotary_dim": 0, "rotary_pair": 0, "q_norm_eps": 1e-6},
+        "only queries that turn",
+    ),
     "dense_q": ({"q_factor": None, "q": torch.zeros(2, 2, 19, 32)}, "only lifted queries"),
     "lifted_k": ({"k_factor": torch.zeros(2, 32, 32)}, "only lifted queries"),
 }
