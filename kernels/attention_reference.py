@@ -21,6 +21,7 @@ from torch import Tensor
 
 def lifted_attention(of: AttentionOperands) -> Tensor:
     """Lift q, k and v, then attend. Returns [B, H, M, D_v] in memory laid out [B, M, H, D_v]."""
+    shape = of.shape  # operands that do not fit are named before they meet
     queries = lift(of.q, of.q_factor, of.q_bias, of.num_heads)
     if of.q_norm_eps:
         queries = normalized(queries, of.q_norm, of.q_norm_eps)
@@ -28,7 +29,6 @@ def lifted_attention(of: AttentionOperands) -> Tensor:
         queries = rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     keys = lift(of.k, of.k_factor, of.counted_k_bias, of.num_heads)
     values = lift(of.v, of.v_factor, of.v_bias, of.num_heads)
-    shape = of.shape
     mask = mask_of(of, (slice(0, shape.queries), slice(0, shape.keys)))
     if not of.is_plain:
         output, _ = attend_by_scores(of, queries, keys, values, None, mask)
