@@ -107,6 +107,9 @@ class Attention(Case):
     is_causal: bool
     rows: int
     biased: bool
+    tables: str = ""  # of a query that is turned: their dtype
+    normed: bool = False  # and normalised before
+    is_windowed: bool = False
     module = attention
 
     @classmethod
@@ -132,6 +135,9 @@ class Attention(Case):
             tuple(ranks), head_dims, absorbed,
             rng.choice(("none", "none", "scanned", "rows", "added")), rng.random() < 0.4,
             rng.choice((200, 512, 1024)), rng.random() < 0.5,
+            rng.choice((dtype, "float32")) if q and not k and rng.random() < 0.8 else "",
+            rng.random() < 0.5,
+            rng.random() < 0.2,
         )  # fmt: skip
 
     @property
@@ -139,8 +145,11 @@ class Attention(Case):
         q_lifted, k_lifted, v_lifted = self.absorbed
         return attention_extents.AttentionExtents(
             *self.head_dims, *self.ranks, q_lifted, v_lifted, self.element_bytes, k_lifted,
-            is_float16=self.dtype == "float16", mask=self.mask, is_causal=self.is_causal,
+            is_float16=self.dtype == "float16", mask=self.mask,
+            is_causal=self.is_causal or self.is_windowed,
             keys_multiple=attention_extents.power_of_two_in(self.rows), generation=self.generation,
+            table_bytes=getattr(torch, self.tables).itemsize if self.tables else 0,
+            is_normed=self.normed,
         )  # fmt: skip
 
     def is_sensible(self):
@@ -168,9 +177,15 @@ class Attention(Case):
         if self.biased:  # dense operands have their biases inside
             factors["q_bias"] = empty(2, head_dim, dtype=dtype) if has_q else None
             factors["v_bias"] = empty(2, head_dim_v, dtype=dtype) if has_v else None
+        turned: dict[str, Any] = {}
+        if self.tables:
+            turned = {name: empty(1, rows, head_dim, dtype=self.tables) for name in ("cos", "sin")}
+            turned |= {"rotary_dim": head_dim, "rotary_pair": head_dim // 2}
+            if self.normed:
+                turned |= {"q_norm": empty(head_dim, dtype=dtype), "q_norm_eps": 1e-6}
         of = AttentionOperands(
             q, k, v, num_heads=2, scale=0.1, is_causal=self.is_causal, mask=masks[self.mask],
-            **factors,
+            behind=100 if self.is_windowed else None, **factors, **turned,
         )  # fmt: skip
         attention.rank_space_attention(of, tile=self.tile)
 

@@ -33,6 +33,9 @@ from torch import Tensor
 # Of the second and third axis of a CUDA grid.
 MAX_GRID_EXTENT = 65535
 
+# Beyond every key, and with a tile's extent added still 32 bits.
+MAX_DISTANCE = 2**30
+
 # Shared memory that the interpreter's tiles are chosen for, so that they are those of a GPU.
 INTERPRETER_SRAM_BYTES = 99 * 1024
 
@@ -89,11 +92,13 @@ def rank_space_attention(
             k_lifted=of.k_factor is not None,
             is_float16=q.dtype == torch.float16,
             mask=_kind_of(mask),
-            is_causal=of.is_causal,
+            is_causal=of.is_causal or of.behind is not None,
             keys_multiple=power_of_two_in(shape.keys) if isinstance(shape.keys, int) else None,
             generation=generation_of(q.device),
             is_describable=can_be_described,
             is_capped=of.softcap > 0,
+            table_bytes=of.table_bytes,
+            is_normed=of.q_norm_eps > 0,
         )
         sram_bytes = sram_bytes_of_device(q.device, INTERPRETER_SRAM_BYTES)
         sram_bytes = min(sram_bytes, sram_budget or sram_bytes)
@@ -108,22 +113,24 @@ def rank_space_attention(
     # Dense keys have theirs in them.
     k_bias = None if of.k_factor is None else of.counted_k_bias
     optional = (
-        of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink, mask,
+        of.q_factor, of.q_bias, of.k_factor, of.v_factor, of.v_bias, k_bias, of.sink,
+        of.cos, of.sin, mask,
     )  # fmt: skip
     # An absent operand has strides of 0 and is never read.
     absent = absent_operand(q)
     operands = (
         q, k, v,
         *(absent if x is None else x for x in optional),
-        out,
+        out, absent if of.q_norm is None else of.q_norm.contiguous(),
         *((_described(x, tile) for x in (k, v)) if tile.is_described else (absent, absent)),
         *q.stride(), *k.stride(), *v.stride(),
         *_strides(of.q_factor, 3), *_strides(of.q_bias, 2),
         *_strides(of.k_factor, 3), *_strides(of.v_factor, 3), *_strides(of.v_bias, 2),
         *_strides(k_bias, 2), *_strides(of.sink, 1),
-        *_mask_strides(mask),
+        *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
+        _within_32_bits(of.ahead), _within_32_bits(of.behind or 0),
     )  # fmt: skip
     launch(
         rank_space_attention_kernel, grid, tile, operands,
@@ -138,7 +145,11 @@ def rank_space_attention(
         HAS_K_FACTOR=of.k_factor is not None,
         HAS_V_FACTOR=of.v_factor is not None, HAS_V_BIAS=of.v_bias is not None,
         HAS_K_BIAS=k_bias is not None, HAS_SINK=of.sink is not None, SOFTCAP=float(of.softcap),
+        ROTARY_DIM=of.rotary_dim, ROTARY_PAIR=of.rotary_pair,
+        HAS_Q_NORM=of.q_norm is not None, NORM_EPS=float(of.q_norm_eps),
+        ONE_ANGLE=of.cos is not None and of.cos.shape[-1] != of.rotary_dim,
         MASK=_kind_of(mask), IS_CAUSAL=of.is_causal,
+        HAS_AHEAD=of.is_shifted, HAS_BEHIND=of.behind is not None,
         QUERIES_FIT=is_multiple(shape.queries, tile.block_m),
         KEYS_FIT=is_multiple(shape.keys, tile.block_n),
         BLOCK_D=lift_chunk(shape.head_dim_qk, width), BLOCK_RQ=lift_chunk(shape.rank_q, width),
@@ -192,11 +203,18 @@ def _kind_of(mask: Tensor | None) -> str:
     return "rows" if mask.shape[2] != 1 else "scanned"
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+def _table_strides(table: Tensor | None, dims: int) -> tuple[int, ...]:
     """A dimension of size 1 is read again and again: its stride is 0, whatever it says."""
-    if mask is None:
-        return (0,) * 4
-    return tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+    if table is None:
+        return (0,) * dims
+    return tuple(0 if n == 1 else s for n, s in zip(table.shape, table.stride(), strict=True))
+
+
+def _within_32_bits(distance: int) -> int:
+    """As far as any key is from any query; a traced size is as it is."""
+    if isinstance(distance, torch.SymInt):
+        return distance
+    return max(-MAX_DISTANCE, min(distance, MAX_DISTANCE))
 
 
 def _tile_that_fits(

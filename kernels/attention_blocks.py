@@ -79,13 +79,16 @@ class BlockedAttention:
                 latents[name] = source.block(batch, self._own_heads(source.heads, heads))
             else:
                 latents[name] = latent[batch, self._own_heads(latent.shape[1], heads)]
-        mask = self.of.mask
+        mask, whole = self.of.mask, slice(None)
         if mask is not None:
-            whole = slice(None)
             mask = mask[
                 batch if mask.shape[0] > 1 else whole, heads if mask.shape[1] > 1 else whole
             ]
-        return replace(parts, mask=mask, **latents)
+        cos, sin = (
+            table if table is None or table.shape[0] == 1 else table[batch]
+            for table in (self.of.cos, self.of.sin)
+        )
+        return replace(parts, mask=mask, cos=cos, sin=sin, **latents)
 
     def _own_heads(self, count: int, heads: slice) -> slice:
         """Of ``count`` heads, those that ``heads`` of all read."""

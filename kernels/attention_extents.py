@@ -17,6 +17,10 @@ MAX_OUTPUT_CHUNK = 32
 # sink: a matmul of so many rows is as fast as a longer one on a CPU's cores.
 BLOCK_QUERIES = 128
 
+# Queries that library operators attend with at a time where there is a window: as many as a tile of
+# torch's attention on a CPU.
+BAND_QUERIES = 256
+
 # No tile has more keys.
 MAX_TILE_KEYS = 256
 
@@ -67,8 +71,10 @@ class AttentionExtents:
     kernel knows them, "none", "scanned", "rows" or "added", or "any" of these where that is not
     known yet; ``keys_multiple``: `power_of_two_in` the number of keys, None where that is not.
     ``generation`` of the device, as ``"sm_90"``; ``is_describable``: whether k and v may be read
-    through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``is_widened``: whether
-    the rank of an operand is not innermost in memory.
+    through tensor descriptors; ``is_capped``: whether there is a soft-cap; ``table_bytes``: of an
+    entry of the tables that lifted queries are turned by, 0 where they are not; ``is_normed``:
+    whether they are normalised before; ``is_widened``: whether the rank of an operand is not
+    innermost in memory.
     """
 
     head_dim_qk: int
@@ -88,6 +94,8 @@ class AttentionExtents:
     is_describable: bool = True
     is_widened: bool = False
     is_capped: bool = False
+    table_bytes: int = 0
+    is_normed: bool = False
 
     @property
     def has_warpgroups(self) -> bool:

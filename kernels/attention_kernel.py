@@ -25,9 +25,14 @@ where it is far from the reference, as it should be. What a bias of v counts for
 share of the sum. b_k adds shift = q b_k to a row's scores, once a tile of queries: within tanh, or
 taken from the sink where there is none.
 
+RoPE. With ROTARY_DIM keys are dense, turned by the model, and the lifted query is turned once a
+tile of queries, normalised before with NORM_EPS (``attention_query.py``).
+
 Masks. A boolean mask that is alike for all queries is scanned ahead: keys before the first and
 after the last that it shows are skipped, and tiles before the first that it then hides are read
-without it. Any other mask is read tile by tile.
+without it. Any other mask is read tile by tile. Where a query sees no further than ``ahead`` and
+``behind`` of its own place, tiles that no query of a program sees are skipped, and those that all
+of them see are not checked.
 
 No branch goes around a matmul that another follows: ptxas 12.8, which Triton 3.6 ships, computes
 operands' addresses in blocks that such a branch skips (tests/gpu/test_machine_code.py). So there
@@ -48,6 +53,7 @@ would overflow to -inf, so there the reference is subtracted first.
 
 import triton
 import triton.language as tl
+from flashsvd_compile.kernels.attention_query import lifted_query, rotated_query
 from flashsvd_compile.kernels.attention_stream import (
     LOG2E,
     capped,
@@ -66,60 +72,6 @@ LEAST_SUM = tl.constexpr(2.0**-32)
 MOST_SUM = tl.constexpr(2.0**32)
 LEAST_SUM_FLOAT16 = tl.constexpr(0.5)
 MOST_SUM_FLOAT16 = tl.constexpr(2.0**15)
-
-
-@triton.jit
-def _lifted_query(
-    q,
-    q_factor,
-    q_bias,
-    queries,
-    columns,
-    stride_qm,
-    stride_qr,
-    stride_qfd,
-    stride_qfr,
-    stride_qbd,
-    M,
-    D: tl.constexpr,
-    R_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_RQ: tl.constexpr,
-    QUERIES_FIT: tl.constexpr,
-    HAS_Q_FACTOR: tl.constexpr,
-    HAS_Q_BIAS: tl.constexpr,
-    ALIGNED_Q: tl.constexpr,
-    ALIGNED_FQ: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """``columns`` of P_q V_qᵀ + b_q (or of dense queries), float32 [BLOCK_M, BLOCK_COLUMNS]."""
-    COLUMNS_FIT: tl.constexpr = D % BLOCK_COLUMNS == 0
-    RANKS_FIT: tl.constexpr = R_Q % BLOCK_RQ == 0
-    if HAS_Q_BIAS:  # asked for early: nothing hides its latency later
-        bias = load_bias(q_bias, columns, stride_qbd, D, COLUMNS_FIT)
-    if HAS_Q_FACTOR:
-        lifted = tl.zeros([BLOCK_M, BLOCK_COLUMNS], tl.float32)
-        for start in tl.range(0, R_Q, BLOCK_RQ, num_stages=1):
-            ranks = (start + tl.arange(0, BLOCK_RQ)).to(tl.int64)
-            latent = load_tile(
-                q, queries[:, None], ranks[None, :], stride_qm, stride_qr,
-                M, R_Q, not QUERIES_FIT, not RANKS_FIT, 1, ALIGNED_Q,
-            )  # fmt: skip
-            factor = load_tile(
-                q_factor, ranks[:, None], columns[None, :], stride_qfr, stride_qfd,
-                R_Q, D, not RANKS_FIT, not COLUMNS_FIT, ALIGNED_FQ, 1,
-            )  # fmt: skip
-            lifted = dot(latent, factor, lifted, PRECISION, INTERPRETED)
-    else:
-        lifted = load_tile(
-            q, queries[:, None], columns[None, :], stride_qm, stride_qr,
-            M, D, not QUERIES_FIT, not COLUMNS_FIT, 1, ALIGNED_Q,
-        ).to(tl.float32)  # fmt: skip
-    if HAS_Q_BIAS:
-        lifted += bias[None, :]
-    return lifted
 
 
 @triton.jit
@@ -207,8 +159,8 @@ def _exponential_of(sink, reference, shift, HAS_SINK: tl.constexpr, NATURAL: tl.
 
 @triton.jit
 def rank_space_attention_kernel(
-    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, mask, out,
-    k_described, v_described,
+    q, k, v, q_factor, q_bias, k_factor, v_factor, v_bias, k_bias, sink, cos, sin, mask, out,
+    q_norm, k_described, v_described,
     stride_qb, stride_qh, stride_qm, stride_qr,
     stride_kb, stride_kh, stride_kn, stride_kr,
     stride_vb, stride_vh, stride_vn, stride_vr,
@@ -219,9 +171,11 @@ def rank_space_attention_kernel(
     stride_vbh, stride_vbd,
     stride_kbh, stride_kbd,
     stride_sh,
+    stride_cb, stride_cm, stride_ct,
+    stride_sb, stride_sm, stride_st,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ob, stride_oh, stride_om, stride_od,
-    scale, B, M, N, first_batch, first_head,
+    scale, B, M, N, first_batch, first_head, ahead, behind,
     BATCHES: tl.constexpr, H: tl.constexpr, H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr,
     H_FQ: tl.constexpr, H_BQ: tl.constexpr, H_FK: tl.constexpr,
     H_FV: tl.constexpr, H_BV: tl.constexpr, H_BK: tl.constexpr, H_S: tl.constexpr,
@@ -230,7 +184,10 @@ def rank_space_attention_kernel(
     HAS_Q_FACTOR: tl.constexpr, HAS_Q_BIAS: tl.constexpr, HAS_K_FACTOR: tl.constexpr,
     HAS_V_FACTOR: tl.constexpr, HAS_V_BIAS: tl.constexpr,
     HAS_K_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, ROTARY_PAIR: tl.constexpr, ONE_ANGLE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_AHEAD: tl.constexpr, HAS_BEHIND: tl.constexpr,
+    QUERIES_FIT: tl.constexpr, KEYS_FIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_RQ: tl.constexpr, BLOCK_DV: tl.constexpr,
     R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -265,6 +222,8 @@ def rank_space_attention_kernel(
     v_factor += head // (H // H_FV) * stride_vfh
     v_bias += head // (H // H_BV) * stride_vbh
     k_bias += head // (H // H_BK) * stride_kbh
+    cos += batch * stride_cb
+    sin += batch * stride_sb
     mask += batch * stride_mb + head * stride_mh
     out += (batch + first_batch) * stride_ob + (head + first_head) * stride_oh
 
@@ -275,22 +234,41 @@ def rank_space_attention_kernel(
     SEEKS_MAXIMUM: tl.constexpr = IS_FLOAT16 and (MASK == "added" or MASK == "rows")
     # A scanned mask lets tiles begin anywhere; else only the last may reach beyond the keys.
     FITS: tl.constexpr = KEYS_FIT and MASK != "scanned"
+    HAS_MASK: tl.constexpr = MASK != "none" or HAS_AHEAD or HAS_BEHIND
 
     queries = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64)
     ranks_k = tl.arange(0, R_K_PADDED).to(tl.int64)
     ranks_v = tl.arange(0, R_V_PADDED).to(tl.int64)
 
-    # Keys from ``first_key`` to ``first_checked`` are seen by all queries of this tile; those from
-    # there to ``end`` need a check.
+    # Keys from ``first_free`` to ``first_checked`` are seen by all queries of this tile; those from
+    # ``first_key`` on before them, and those behind them to ``end``, need a check.
     first_key = 0
+    first_free = 0
     first_checked = N
     end = N
     if MASK == "scanned":
         first_key, first_checked, end = seen_keys(mask, stride_mn, N)
+    # What a query may see beside its mask: the keys from ``lowest`` to ``highest``.
+    first_shown, last_shown, lowest, highest = first_key, end, queries, queries
+    if HAS_AHEAD:
+        ahead = tl.cast(ahead, tl.int32)
+        highest = queries + ahead
+    if HAS_BEHIND:
+        behind = tl.cast(behind, tl.int32)
+        lowest = queries - behind
+        first_free = first_query + BLOCK_M - 1 - behind
+        begin = tl.maximum(first_query - behind, 0)
+        if MASK != "scanned":  # whole tiles
+            begin = tl.minimum(begin, N - 1) // BLOCK_N * BLOCK_N
+        first_key = tl.maximum(first_key, tl.minimum(begin, N))
+    if MASK == "scanned" or HAS_BEHIND:
         k += tl.cast(first_key, tl.int64) * stride_kn
         v += tl.cast(first_key, tl.int64) * stride_vn
         mask += tl.cast(first_key, tl.int64) * stride_mn
-    if IS_CAUSAL:
+    if IS_CAUSAL and HAS_AHEAD:
+        first_checked = tl.minimum(first_checked, first_query + ahead + 1)
+        end = tl.minimum(end, first_query + ahead + BLOCK_M)
+    elif IS_CAUSAL:
         first_checked = tl.minimum(first_checked, first_query + 1)
         end = tl.minimum(end, first_query + BLOCK_M)
     has_keys = first_key < end
@@ -322,7 +300,7 @@ def rank_space_attention_kernel(
                 k_factor, columns[:, None], ranks_k[None, :], stride_kfd, stride_kfr,
                 D, R_K, D % BLOCK_D != 0, R_K_PADDED > R_K, 1, ALIGNED_FK,
             )  # fmt: skip
-            lifted = _lifted_query(
+            lifted = lifted_query(
                 q, q_factor, q_bias, queries, columns,
                 stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
                 M, D, R_Q, BLOCK_M, BLOCK_D, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
@@ -332,8 +310,17 @@ def rank_space_attention_kernel(
                 bias = load_bias(k_bias, columns, stride_kbd, D, D % BLOCK_D == 0)
                 shift += tl.sum(lifted.to(tl.float32) * bias[None, :], 1)
             q_latent = dot(lifted, factor, q_latent, PRECISION, INTERPRETED)
+    elif ROTARY_DIM > 0:
+        q_latent = rotated_query(
+            q, q_factor, q_bias, cos, sin, q_norm, queries,
+            stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
+            stride_cm, stride_ct, stride_sm, stride_st,
+            M, D, R_Q, ROTARY_DIM, ROTARY_PAIR, ONE_ANGLE, HAS_Q_NORM, NORM_EPS,
+            BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_BIAS,
+            ALIGNED_Q, ALIGNED_FQ, PRECISION, INTERPRETED,
+        )  # fmt: skip
     else:
-        q_latent = _lifted_query(
+        q_latent = lifted_query(
             q, q_factor, q_bias, queries, ranks_k,
             stride_qm, stride_qr, stride_qfd, stride_qfr, stride_qbd,
             M, D, R_Q, BLOCK_M, R_K_PADDED, BLOCK_RQ, QUERIES_FIT, HAS_Q_FACTOR, HAS_Q_BIAS,
@@ -356,10 +343,11 @@ def rank_space_attention_kernel(
 
     if SEEKS_MAXIMUM:
         reference = row_maximum(
-            first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            first_key, first_free, first_checked, end, q_latent, k, mask, lowest, highest,
+            ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
             SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
-            IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, PRECISION, INTERPRETED,
+            IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, PRECISION,
+            INTERPRETED,
         )  # fmt: skip
     else:
         reference = dot(q_latent, first_tile, None, PRECISION, INTERPRETED)
@@ -370,48 +358,53 @@ def rank_space_attention_kernel(
         # A query that is not a number spoils its scores; it shall not where it sees no key.
         reference = tl.where(reference == reference, reference, 0.0)
     row_sum, latent = stream_keys(
-        first_key, first_checked, end, reference, q_latent,
+        first_key, first_free, first_checked, end, reference, q_latent,
         k_described if DESCRIBED else k, v_described if DESCRIBED else v, mask, place,
-        queries, ranks_k, ranks_v, mask_rows, shift,
+        lowest, highest, ranks_k, ranks_v, mask_rows, shift,
         stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS, IS_SCALED,
-        BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION, INTERPRETED,
+        SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, HAS_BEHIND,
+        FITS, IS_SCALED, BLOCK_M, BLOCK_N, None, ALIGNED_K, ALIGNED_V, DESCRIBED, PRECISION,
+        INTERPRETED,
     )  # fmt: skip
     beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
     _finish(
         latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
         stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-        HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+        HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, HAS_MASK,
         QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
     )  # fmt: skip
     if not SEEKS_MAXIMUM:
         LEAST: tl.constexpr = LEAST_SUM_FLOAT16 if IS_FLOAT16 else LEAST_SUM
         MOST: tl.constexpr = MOST_SUM_FLOAT16 if IS_FLOAT16 else MOST_SUM
         is_right = (row_sum > LEAST) & (row_sum < MOST)
-        if IS_CAUSAL and MASK == "scanned":  # those see no key, and their sum is 0
-            is_right = is_right | (queries < first_key)
+        # Those see no key, and their sum is 0.
+        if IS_CAUSAL and (MASK == "scanned" or HAS_AHEAD):
+            is_right = is_right | (highest < first_shown)
+        if HAS_BEHIND:
+            is_right = is_right | (lowest >= last_shown)
         # Barriers within the second attempt keep its stores behind those of the first. It is rare:
         # its tiles are half as wide, so that it takes no more registers than the first does.
         NARROW_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else BLOCK_N
         if (tl.sum(is_right.to(tl.int32)) < BLOCK_M) & has_keys:
             reference = row_maximum(
-                first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows,
-                shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+                first_key, first_free, first_checked, end, q_latent, k, mask, lowest, highest,
+                ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
                 SOFTCAP, HAS_K_BIAS, R_K, R_K_PADDED, MASK,
-                IS_CAUSAL, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION, INTERPRETED,
+                IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, PRECISION,
+                INTERPRETED,
             )  # fmt: skip
             row_sum, latent = stream_keys(
-                first_key, first_checked, end, reference, q_latent, k, v, mask, place,
-                queries, ranks_k, ranks_v, mask_rows, shift,
+                first_key, first_free, first_checked, end, reference, q_latent, k, v, mask, place,
+                lowest, highest, ranks_k, ranks_v, mask_rows, shift,
                 stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
-                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL, FITS,
-                IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False, PRECISION,
-                INTERPRETED,
+                SOFTCAP, HAS_K_BIAS, R_K, R_V, R_K_PADDED, R_V_PADDED, MASK, IS_CAUSAL,
+                HAS_BEHIND, FITS, IS_SCALED, BLOCK_M, NARROW_N, 1, ALIGNED_K, ALIGNED_V, False,
+                PRECISION, INTERPRETED,
             )  # fmt: skip
             beside = _exponential_of(of_sink, reference, in_sink, HAS_SINK, MASK == "added")
             _finish(
                 latent, row_sum, beside, v_factor, v_bias, out, queries, ranks_v,
                 stride_vfd, stride_vfr, stride_vbd, stride_om, stride_od, M,
-                HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, MASK != "none",
+                HAS_SINK, D_V, R_V, R_V_PADDED, BLOCK_DV, HAS_V_FACTOR, HAS_V_BIAS, HAS_MASK,
                 QUERIES_FIT, ALIGNED_FV, PRECISION, INTERPRETED,
             )  # fmt: skip

@@ -19,9 +19,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from flashsvd_compile.kernels.attention_band import blocks_of, mask_of
 from flashsvd_compile.kernels.attention_operands import AttentionOperands, AttentionShape
-from flashsvd_compile.kernels.attention_reference import attention_mask, repeat_heads
+from flashsvd_compile.kernels.attention_reference import repeat_heads
 from flashsvd_compile.kernels.attention_scores import attend_by_scores
+from flashsvd_compile.kernels.head_norm import normalized
+from flashsvd_compile.kernels.rotation import rotated
 from torch import Tensor
 
 GPU_ALIGNED_BYTES = 16
@@ -29,28 +32,40 @@ GPU_ALIGNED_BYTES = 16
 
 def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     """[B, H, M, D_v] in memory laid out [B, M, H, D_v]; differentiable."""
-    shape, mask, is_causal = of.shape, of.mask, of.is_causal
+    shape, num_heads = of.shape, of.num_heads
     queries = _rank_space_queries(of)
-    if mask is not None:
-        mask = attention_mask(mask, is_causal, shape.queries, shape.keys, of.q.dtype)
     if not of.is_plain:
-        return _by_scores(of, queries, mask)
-    width = attended_width(of)
-    in_groups = not of.q.is_cuda or (mask is None and of.q.element_size() == 2)
+        whole = slice(0, shape.queries), slice(0, shape.keys)
+        return _by_scores(of, queries, mask_of(of, whole))
+    width, has_mask = attended_width(of), of.mask is not None or of.is_banded
+    in_groups = not of.q.is_cuda or (not has_mask and of.q.element_size() == 2)
     # The least common multiple divides num_heads, as both do.
-    kv_heads = math.lcm(of.k.shape[1], of.v.shape[1]) if in_groups else of.num_heads
-    latent = F.scaled_dot_product_attention(
-        _pad_rank(queries, width),
-        _pad_rank(repeat_heads(of.k, kv_heads, 1), width),
-        _pad_rank(repeat_heads(of.v, kv_heads, 1), width),
-        attn_mask=mask,
-        is_causal=is_causal and mask is None,
-        scale=of.scale,
-        enable_gqa=kv_heads != of.num_heads,
-    )[..., : shape.rank_v]
-    output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, of.num_heads)
-    if of.v_bias is not None and mask is not None:
-        output = torch.where(_sees_a_key(mask), output, 0.0)
+    kv_heads = math.lcm(of.k.shape[1], of.v.shape[1]) if in_groups else num_heads
+    queries, keys, values = (
+        _pad_rank(x, width)
+        for x in (queries, repeat_heads(of.k, kv_heads, 1), repeat_heads(of.v, kv_heads, 1))
+    )
+    latents, seen = [], []
+    for block in blocks_of(of):
+        mask = mask_of(of, block)
+        rows, shown = block
+        latents.append(
+            F.scaled_dot_product_attention(
+                queries[:, :, rows],
+                keys[:, :, shown],
+                values[:, :, shown],
+                attn_mask=mask,
+                is_causal=of.is_causal and mask is None,
+                scale=of.scale,
+                enable_gqa=kv_heads != num_heads,
+            )
+        )
+        if of.v_bias is not None and mask is not None:
+            seen.append(_sees_a_key(mask))
+    latent = (latents[0] if len(latents) == 1 else torch.cat(latents, 2))[..., : shape.rank_v]
+    output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, num_heads)
+    if seen:
+        output = torch.where(seen[0] if len(seen) == 1 else torch.cat(seen, 2), output, 0.0)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -80,7 +95,12 @@ def _rank_space_queries(of: AttentionOperands) -> Tensor:
         of.q, of.q_factor, of.q_bias, of.k_factor, of.num_heads,
     )  # fmt: skip
     if k_factor is None:
-        return _lift(q, q_factor, q_bias, num_heads)
+        queries = _lift(q, q_factor, q_bias, num_heads)
+        if of.cos is None or of.sin is None:
+            return queries
+        if of.q_norm_eps:
+            queries = normalized(queries, of.q_norm, of.q_norm_eps)
+        return rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     to_rank_k = k_factor.transpose(-1, -2)
     if q_factor is None or not _is_absorbing_cheaper(of.shape):
         return _lift(_lift(q, q_factor, q_bias, num_heads), to_rank_k, None, num_heads)

@@ -9,6 +9,10 @@ and, with a ``softcap`` c or a ``sink`` t of each head,
     weights = exp(scores) / (Σ exp(scores) + exp(t))
     output  = (weights P_v) V_vᵀ + (Σ weights) b_v
 
+and, with ``cos`` and ``sin``, the lifted query P_q V_qᵀ + b_q turned (``rotation.py``), for dense
+keys that the model has turned itself. Before that it is normalised (``head_norm.py``) where
+``q_norm_eps`` is not 0.
+
 =============  ======================  ============================================
 operand        shape                   meaning
 =============  ======================  ============================================
@@ -22,6 +26,9 @@ operand        shape                   meaning
 ``v_bias``     [H_bv, D_v]             b_v
 ``k_bias``     [H_bk, D]               b_k, which only a soft-cap or a sink lets count
 ``sink``       [H_t]                   t, floating; None: nothing beside the keys is attended to
+``cos``        [B|1, M|1, T]           of RoPE, floating, T: ``rotary_dim`` or half of that
+``sin``        [B|1, M|1, T]           the same
+``q_norm``     [D]                     of an RMSNorm ahead of that, floating; None: all ones
 ``mask``       [B|1, H|1, M|1, N|1]    bool (True attends), or floating and added
 output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 =============  ======================  ============================================
@@ -29,9 +36,10 @@ output         [B, H, M, D_v]          a view of memory laid out [B, M, H, D_v]
 Each operand's own number of heads divides H = ``num_heads``: head h reads its head
 h // (H // H_x), so that 1 is shared by all and the groups of GQA need no copy. The bias of k
 adds one constant to all scores of a query, which softmax drops: but not from within tanh, nor
-beside a sink, which it does not shift. With ``is_causal`` query m sees
-key n iff n <= m, and the mask, if any, counts as well. A query that sees no key gives exactly
-zero, without b_v. Strides are free, 0 among them: nothing is expanded to be read.
+beside a sink, which it does not shift. With ``is_causal`` query m sees key n iff n <= m +
+``ahead``, with ``behind`` iff n >= m - ``behind``, and the mask, if any, counts as well. A query
+that sees no key gives exactly zero, without b_v. Strides are free, 0 among them: nothing is
+expanded to be read.
 """
 
 import math
@@ -39,7 +47,9 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import torch
+from flashsvd_compile.kernels.rotation import check_rotation
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,42 @@ class AttentionOperands:
     v_bias: Tensor | None = None
     k_bias: Tensor | None = None
     sink: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    q_norm: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
+    ahead: int = 0
+    behind: int | None = None
     softcap: float = 0.0
+    rotary_dim: int = 0
+    rotary_pair: int = 0
+    q_norm_eps: float = 0.0
 
     @property
     def is_plain(self) -> bool:
         """Whether softmax over scaled and masked scores is all there is: no soft-cap, no sink."""
         return self.softcap == 0 and self.sink is None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether the last key that a query sees is not known to be that of its own number."""
+        return self.is_causal and not statically_known_true(self.ahead == 0)
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether a query's place bounds what it sees otherwise than SDPA's ``is_causal`` does."""
+        return self.is_shifted or self.behind is not None
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether lifted queries are turned."""
+        return self.rotary_dim > 0
+
+    @property
+    def table_bytes(self) -> int:
+        """Of an entry of the wider table, 0 where there is none."""
+        return max((t.element_size() for t in (self.cos, self.sin) if t is not None), default=0)
 
     @property
     def counted_k_bias(self) -> Tensor | None:
@@ -130,17 +168,34 @@ class AttentionOperands:
             if operand.dtype != q.dtype or operand.device != q.device:
                 raise ValueError(
                     f"{name} is {operand.dtype} on {operand.device}, q is {q.dtype} on {q.device}: "
-                    "all operands but the mask and the sink must share both"
+                    "all operands but the mask, the sink and tables must share both"
                 )
+        if not self.is_causal and not statically_known_true(self.ahead == 0):
+            raise ValueError(f"ahead {self.ahead} counts only where is_causal")
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be 0 (none) or positive, got {self.softcap}")
         if self.sink is not None:
             _check_sink(self.sink, num_heads, q.device)
+        rows = (batch, queries, head_dim_qk)
+        check_rotation(self.cos, self.sin, self.rotary_dim, self.rotary_pair, rows)
+        if self.is_rotated and (self.q_factor is None or self.k_factor is not None):
+            raise ValueError("only lifted queries are turned, and for dense keys")
+        self._check_norm(head_dim_qk)
         if self.mask is not None:
             _check_mask(self.mask, (batch, num_heads, queries, keys), q.device)
         return AttentionShape(
             batch, num_heads, queries, keys, head_dim_qk, head_dim_v, rank_q, rank_k, rank_v
         )
+
+    def _check_norm(self, head_dim: int) -> None:
+        if not self.q_norm_eps and self.q_norm is None:
+            return
+        if not 0 < self.q_norm_eps < math.inf or not self.is_rotated:
+            raise ValueError("only queries that turn are normalised, with a positive q_norm_eps")
+        if self.q_norm is not None:
+            _check("q_norm", self.q_norm, (head_dim,))
+            if not self.q_norm.dtype.is_floating_point:
+                raise ValueError(f"q_norm must be floating, got {self.q_norm.dtype}")
 
 
 def _check(name: str, operand: Tensor, expected: tuple[int | None, ...]) -> None:

@@ -11,20 +11,25 @@ dtype once, as an unfused model does.
 
 import torch
 import torch.nn.functional as F
+from flashsvd_compile.kernels.attention_band import mask_of
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_scores import attend_by_scores
+from flashsvd_compile.kernels.head_norm import normalized
+from flashsvd_compile.kernels.rotation import rotated
 from torch import Tensor
 
 
 def lifted_attention(of: AttentionOperands) -> Tensor:
     """Lift q, k and v, then attend. Returns [B, H, M, D_v] in memory laid out [B, M, H, D_v]."""
-    shape = of.shape
+    shape = of.shape  # operands that do not fit are named before they meet
     queries = lift(of.q, of.q_factor, of.q_bias, of.num_heads)
+    if of.q_norm_eps:
+        queries = normalized(queries, of.q_norm, of.q_norm_eps)
+    if of.cos is not None and of.sin is not None:
+        queries = rotated(queries, of.cos, of.sin, of.rotary_dim, of.rotary_pair)
     keys = lift(of.k, of.k_factor, of.counted_k_bias, of.num_heads)
     values = lift(of.v, of.v_factor, of.v_bias, of.num_heads)
-    mask = of.mask
-    if mask is not None:
-        mask = attention_mask(mask, of.is_causal, shape.queries, shape.keys, of.q.dtype)
+    mask = mask_of(of, (slice(0, shape.queries), slice(0, shape.keys)))
     if not of.is_plain:
         output, _ = attend_by_scores(of, queries, keys, values, None, mask)
         return output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -47,19 +52,6 @@ def repeat_heads(operand: Tensor, num_heads: int, dim: int) -> Tensor:
         return operand.expand(sizes)
     repeats = num_heads // operand.shape[dim]
     return operand if repeats == 1 else operand.repeat_interleave(repeats, dim)
-
-
-def attention_mask(
-    mask: Tensor, is_causal: bool, queries: int, keys: int, dtype: torch.dtype
-) -> Tensor:
-    """``mask`` with causality in it, in a dtype that SDPA takes beside operands of ``dtype``."""
-    if is_causal:
-        row = torch.arange(queries, device=mask.device)[:, None]
-        visible = torch.arange(keys, device=mask.device)[None, :] <= row
-        if mask.dtype == torch.bool:
-            return mask & visible
-        mask = mask.masked_fill(~visible, float("-inf"))
-    return mask if mask.dtype == torch.bool else mask.to(torch.promote_types(mask.dtype, dtype))
 
 
 def lift(latent: Tensor, factor: Tensor | None, bias: Tensor | None, num_heads: int) -> Tensor:

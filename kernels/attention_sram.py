@@ -37,6 +37,12 @@ SRAM_SLACK_BYTES = 256
 # Where a tile that is read through a descriptor begins.
 DESCRIBED_ALIGNMENT = 1024
 
+# Tables that a query is turned by pass through shared memory to change their layout. Those in 16
+# bits take less than the lift before did, and so do narrow ones (compiled with triton 3.9.0 for
+# sm_80 and sm_90, 2026-11-28).
+WIDE_TABLE_BYTES = 4
+NARROW_TABLE = 64
+
 # Four lanes of a row hold its sums, in float32.
 LANES_BYTES = 4 * 4
 
@@ -311,6 +317,14 @@ class _Layout:
             yield Buffer(self.chunk_q * self.lift_columns * size, _QUERY_FACTOR, _LIFTED)
         if self.is_lifted_shared:
             yield Buffer(m * self.chunk_d * size, _LIFTED, _LIFTED_END)
+        if of.table_bytes >= WIDE_TABLE_BYTES and self.padded_k > NARROW_TABLE:
+            # A table changes its layout to that of the query, which is in registers meanwhile.
+            yield Buffer(m * self.padded_k * of.table_bytes, _LIFTED, _LIFTED_END)
+        if of.table_bytes and m == WARP_ROWS:
+            # So does the query, with padding, where all warps share its rows: beside the lift of
+            # the columns' partners. To be normalised it is in float32.
+            row = self.padded_k * (4 if of.is_normed else size)
+            yield Buffer(m * row * 5 // 4, _QUERIES, _LIFTED_END)
         if self.query_end:
             yield Buffer(m * self.padded_k * size, _QUERY, self.query_end)
         copied_keys, copied_values = (

@@ -4,8 +4,9 @@ Notation as in ``attention_kernel.py``. ``position`` is the first key of a tile,
 ``v`` and ``mask`` point; where DESCRIBED, ``k`` and ``v`` are tensor descriptors of [B, H_x, N, R]
 instead, and ``place`` is the batch, the head of k and the head of v in them. MASK is "none",
 "scanned" (boolean and alike for all queries), "rows" (boolean, differing between queries) or
-"added" (floating). ``shift``, where HAS_SHIFT, is what b_k adds to a row's scores within tanh, in
-the units of scale · scores.
+"added" (floating). A query sees keys from ``lowest`` on where HAS_BEHIND, and to ``highest`` where
+IS_CAUSAL; of these, keys of [first_free, first_checked) need no check. ``shift``, where HAS_SHIFT,
+is what b_k adds to a row's scores within tanh, in the units of scale · scores.
 """
 
 import triton
@@ -65,10 +66,11 @@ def capped(scores, shift, SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, NATURA
 
 @triton.jit
 def _masked_scores(
-    position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows, shift,
+    position, first_free, first_checked, q_latent, k, mask, place, lowest, highest, keys, ranks_k,
+    mask_rows, shift,
     stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
     SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BEHIND: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED_K: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -95,24 +97,30 @@ def _masked_scores(
         scores += mask_tile.to(tl.float32)
     elif MASK == "rows":
         scores = tl.where(mask_tile, scores, float("-inf"))
-    if IS_CAUSAL or not FITS:  # noqa: SIM102 (this one is decided at compile time)
-        if position + BLOCK_N > first_checked:
+    if IS_CAUSAL or HAS_BEHIND or not FITS:
+        is_checked = position + BLOCK_N > first_checked
+        if HAS_BEHIND:
+            is_checked = is_checked | (position < first_free)
+        if is_checked:
             seen = keys < keys_left
             if MASK == "scanned":
                 seen = tl.load(mask + keys_wide * stride_mn, mask=seen, other=False)
             seen = seen[None, :]
             if IS_CAUSAL:
-                seen = seen & (position + keys[None, :] <= queries[:, None])
+                seen = seen & (position + keys[None, :] <= highest[:, None])
+            if HAS_BEHIND:
+                seen = seen & (position + keys[None, :] >= lowest[:, None])
             scores = tl.where(seen, scores, float("-inf"))
     return scores
 
 
 @triton.jit
 def row_maximum(
-    first_key, first_checked, end, q_latent, k, mask, queries, ranks_k, mask_rows, shift,
+    first_key, first_free, first_checked, end, q_latent, k, mask, lowest, highest, ranks_k,
+    mask_rows, shift,
     stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
     SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr, R_K: tl.constexpr, R_K_PADDED: tl.constexpr,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BEHIND: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -123,10 +131,11 @@ def row_maximum(
     tl.assume(first_key < end)  # an empty loop is a branch around a matmul
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
-            position, first_checked, q_latent, k, mask, None, queries, keys, ranks_k, mask_rows,
-            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            position, first_free, first_checked, q_latent, k, mask, None, lowest, highest, keys,
+            ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
             SOFTCAP, HAS_SHIFT, R_K, R_K_PADDED,
-            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, False, PRECISION, INTERPRETED,
+            MASK, IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, False, PRECISION,
+            INTERPRETED,
         )  # fmt: skip
         maximum = tl.maximum(maximum, tl.max(scores, 1))
         k += step * stride_kn
@@ -143,12 +152,12 @@ def _summed_by_lane(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stream_keys(
-    first_key, first_checked, end, reference, q_latent, k, v, mask, place,
-    queries, ranks_k, ranks_v, mask_rows, shift,
+    first_key, first_free, first_checked, end, reference, q_latent, k, v, mask, place,
+    lowest, highest, ranks_k, ranks_v, mask_rows, shift,
     stride_kn, stride_kr, stride_vn, stride_vr, stride_mm, stride_mn, scale, M, N,
     SOFTCAP: tl.constexpr, HAS_SHIFT: tl.constexpr,
     R_K: tl.constexpr, R_V: tl.constexpr, R_K_PADDED: tl.constexpr, R_V_PADDED: tl.constexpr,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, FITS: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BEHIND: tl.constexpr, FITS: tl.constexpr,
     IS_SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED_K: tl.constexpr, ALIGNED_V: tl.constexpr, DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -163,10 +172,11 @@ def stream_keys(
     tl.assume(first_key < end)  # an empty loop is a branch around a matmul
     for position in tl.range(first_key, end, BLOCK_N, num_stages=STAGES):
         scores = _masked_scores(
-            position, first_checked, q_latent, k, mask, place, queries, keys, ranks_k, mask_rows,
-            shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
+            position, first_free, first_checked, q_latent, k, mask, place, lowest, highest, keys,
+            ranks_k, mask_rows, shift, stride_kn, stride_kr, stride_mm, stride_mn, scale, M, N,
             SOFTCAP, HAS_SHIFT, R_K, R_K_PADDED,
-            MASK, IS_CAUSAL, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, DESCRIBED, PRECISION, INTERPRETED,
+            MASK, IS_CAUSAL, HAS_BEHIND, FITS, IS_SCALED, BLOCK_N, ALIGNED_K, DESCRIBED, PRECISION,
+            INTERPRETED,
         )  # fmt: skip
         weights = scores - reference[:, None]
         if MASK == "added":

@@ -70,10 +70,22 @@ def fits_registers(tile: TileConfig, of: AttentionExtents) -> bool:
         return False
     # Half of a cap is what the accumulators may take of it; the rest holds q̃ and addresses.
     limit = min(limit, tile.max_registers // 2 or limit)
+    queries = _tiles_of_queries(of) * query_accumulators_of(tile, rank_k=of.rank_k, width=of.width)
     return (
-        query_accumulators_of(tile, rank_k=of.rank_k, width=of.width) <= query_limit
-        and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
+        queries <= query_limit and accumulators_of(tile, rank_v=of.rank_v, width=of.width) <= limit
     )
+
+
+def _tiles_of_queries(of: AttentionExtents) -> int:
+    """How many tiles as large as q̃ registers hold at once, before keys are read.
+
+    Of a query that is turned its columns' partners are lifted beside it. Tables in float32 are a
+    third one: on sm_80 and sm_86 tiles that fill 128 accumulators with two spilled 424 to 584 bytes
+    by them, on sm_90 up to 256, in 16 bits none to 136 (compiled with triton 3.9.0, 2026-11-28).
+    """
+    if not of.table_bytes:
+        return 1
+    return 2 if of.table_bytes <= 2 or of.has_warpgroups else 3
 
 
 def _masked_elementwise(tile: TileConfig, of: AttentionExtents) -> int:

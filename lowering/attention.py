@@ -4,8 +4,9 @@
     after    rank_space_attention(pq, pk, pv, vq, bq, vk, vv, bv, mask)
 
 pq, pk, pv are the latents as they stand in the graph, seen as [B, H_x, rows, rank]; the lifts that
-nothing reads any more disappear. An operand that the plan keeps dense is passed as it is. In blocks
-of the batch and of heads, latents do not stand in the graph either:
+nothing reads any more disappear. An operand that the plan keeps dense is passed as it is; with the
+latent of queries that RoPE turns go its tables. In blocks of the batch and of heads, latents do not
+stand in the graph either:
 
     before   pq = linear(x, uq); ..
     after    rank_space_attention_blocks(x, x, x, vq, .., uq, .., block_batch=8, block_heads=12)
@@ -13,19 +14,21 @@ of the batch and of heads, latents do not stand in the graph either:
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 from flashsvd_compile.lowering import ops
 from flashsvd_compile.lowering.builder import Builder
 from torch import fx
 
 from flashsvd_compile.analysis.attention_facts import ScoreMask
-from flashsvd_compile.analysis.axes import Atom, Dim, volume
+from flashsvd_compile.analysis.axes import Atom, Dim, same, volume
 from flashsvd_compile.analysis.calls import aten, value
 from flashsvd_compile.analysis.factored import Labelled
 from flashsvd_compile.analysis.masks import Mask, MaskTerm, analyse_mask
-from flashsvd_compile.analysis.site_records import Arm, AttentionBlocks, AttentionSite
+from flashsvd_compile.analysis.site_records import Angles, Arm, AttentionBlocks, AttentionSite
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
 
 
@@ -49,12 +52,18 @@ def lower_attention(
     k_bias = _bias(site, builder, key) if counts else None
     numbers: dict[str, Any] = {
         "num_heads": site.num_heads,
-        "is_causal": site.is_causal or mask.is_causal,
+        **mask.bounds,
         "scale": site.scale * query.scale * key.scale,
         "tile": list(tile),
         "sram_budget": sram_budget,
         "softcap": site.softcap,
     }
+    norm = None if query.rotation is None else query.rotation.norm
+    beside = k_bias, sink, *_tables(site, builder), None if norm is None else norm.weight
+    if norm is not None:
+        numbers["q_norm_eps"] = norm.eps
+    if query.rotation is not None:
+        numbers |= {"rotary_dim": query.rotation.rotary_dim, "rotary_pair": query.rotation.pair}
     lifts = (
         _factor(site, builder, query),
         _bias(site, builder, query),
@@ -65,9 +74,9 @@ def lower_attention(
     )
     if blocks is None:
         latents = (_latent(site, builder, arm) for arm in (query, key, val))
-        result = builder.call(ops.rank_space_attention, *latents, *lifts, k_bias, sink, **numbers)
+        result = builder.call(ops.rank_space_attention, *latents, *lifts, *beside, **numbers)
     else:
-        result = _write_blocks(site, builder, blocks, lifts, (k_bias, sink), numbers)
+        result = _write_blocks(site, builder, blocks, lifts, beside, numbers)
     result = builder.times(result, val.scale)
     labelled = Labelled((result,), (site.batch, site.heads, site.rows, site.width))
     return builder.arrange(labelled, site.out_dims)
@@ -127,7 +136,8 @@ def _factor(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
     if arm.factor is None:
         return None
     heads = _heads(builder, arm, arm.factor)
-    return builder.cast(builder.arrange(arm.factor, [heads, arm.width, arm.rank]), site.dtype)
+    factor = builder.arrange(arm.factor, [heads, arm.lifted_width, arm.rank])
+    return builder.cast(factor, site.dtype)
 
 
 def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
@@ -135,7 +145,7 @@ def _bias(site: AttentionSite, builder: Builder, arm: Arm) -> fx.Node | None:
     terms = []
     for bias in arm.biases:
         heads = _heads(builder, arm, bias.tensor)
-        node = builder.cast(builder.arrange(bias.tensor, [heads, arm.width]), site.dtype)
+        node = builder.cast(builder.arrange(bias.tensor, [heads, arm.lifted_width]), site.dtype)
         terms.append(builder.times(node, bias.scale / arm.scale))
     return builder.fold(aten.add.Tensor, terms)
 
@@ -149,19 +159,59 @@ def _sink(site: AttentionSite, builder: Builder) -> fx.Node | None:
     return builder.arrange(site.sink, [heads])
 
 
+def _tables(site: AttentionSite, builder: Builder) -> tuple[fx.Node | None, fx.Node | None]:
+    """Cosines and sines that queries are turned by, [B|1, M|1, entries] each."""
+    rotation = site.query.rotation
+    if rotation is None:
+        return None, None
+    return _angles(site, builder, rotation.cos), _angles(site, builder, rotation.sin)
+
+
+def _angles(site: AttentionSite, builder: Builder, angles: Angles) -> fx.Node:
+    table = angles.table
+    if angles.is_complex:
+        parts = builder.call(aten.view_as_real.default, table.node)
+        table = replace(table, nodes=(parts,))
+    groups = (site.query.batch, site.query.rows)
+    present = _present(builder, set(table.atoms(builder.space)), groups)
+    node = builder.arrange(table, [*present, angles.features])
+    stop = angles.start + angles.step * (angles.count - 1) + 1
+    if (angles.start, angles.step, stop) != (0, 1, value(node).shape[2]):
+        node = builder.call(aten.slice.Tensor, node, 2, angles.start, stop, angles.step)
+    return builder.times(node, -1) if angles.negated else node
+
+
 # ---- masks --------------------------------------------------------------------------------------
 
 
-class _Masks:
-    """The site's masks as at most one tensor and the causal flag."""
+class _Masks(NamedTuple):
+    """The site's masks as at most one tensor, and bounds: numbers, nodes or None."""
 
-    def __init__(self, tensor: fx.Node | None, is_causal: bool) -> None:
-        self.tensor = tensor
-        self.is_causal = is_causal
+    tensor: fx.Node | None
+    ahead: Any
+    behind: Any
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        is_causal = self.ahead is not None
+        return {
+            "is_causal": is_causal,
+            "ahead": self.ahead if is_causal else 0,
+            "behind": self.behind,
+        }
 
 
 def _mask(site: AttentionSite, builder: Builder, values: SymbolicValues) -> _Masks:
-    found = [_analysed(site, builder, mask, values) for mask in site.masks]
+    found, bounds = [], Mask((), ahead=sympy.S.Zero if site.is_causal else None)
+    for mask in site.masks:
+        analysed = _analysed(site, builder, mask, values)
+        together = _together(bounds, analysed)
+        if together is None or not _are_computed(builder, together):
+            analysed = _analysed(site, builder, mask, values, with_bounds=False)
+        else:
+            bounds = together
+        found.append(analysed)
+    ahead, behind = (None if x is None else builder.size(x) for x in (bounds.ahead, bounds.behind))
     terms = [(term, _narrowed(builder, term)) for mask in found for term in mask.terms]
     attends = [node for term, node in terms if not term.additive]
     added = [node for term, node in terms if term.additive]
@@ -170,30 +220,57 @@ def _mask(site: AttentionSite, builder: Builder, values: SymbolicValues) -> _Mas
     if allowed is not None and total is not None:
         total = builder.call(aten.where.ScalarOther, allowed, total, -math.inf)
         allowed = None
-    return _Masks(allowed or total, any(mask.is_causal for mask in found))
+    return _Masks(allowed or total, ahead, behind)
+
+
+def _together(one: Mask, other: Mask) -> Mask | None:
+    """Bounds of both, None where they have the same one otherwise."""
+    pairs = ((one.ahead, other.ahead), (one.behind, other.behind))
+    if any(a is not None and b is not None and not same(a, b) for a, b in pairs):
+        return None
+    ahead, behind = (b if a is None else a for a, b in pairs)
+    return Mask((), ahead, behind)
+
+
+def _are_computed(builder: Builder, bounds: Mask) -> bool:
+    """Whether sizes of the graph lead to them."""
+    try:
+        for bound in (bounds.ahead, bounds.behind):
+            if bound is not None:
+                builder.size(bound)
+    except LookupError:
+        return False
+    return True
 
 
 def _analysed(
-    site: AttentionSite, builder: Builder, mask: ScoreMask, values: SymbolicValues
+    site: AttentionSite,
+    builder: Builder,
+    mask: ScoreMask,
+    values: SymbolicValues,
+    *,
+    with_bounds: bool = True,
 ) -> Mask:
     groups = (site.batch, site.heads, site.rows, site.keys)
     node = _as_attention_mask(site, builder, mask)
     labels = tuple(builder.space.leaves(dim) for dim in mask.dims)
     expected = groups[4 - len(labels) :] if len(labels) <= 4 else ()
     if len(labels) > 4 or any(a not in ((), e) for a, e in zip(labels, expected, strict=True)):
-        node = builder.arrange(Labelled((node,), mask.dims), _present(builder, mask, groups))
+        atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
+        node = builder.arrange(Labelled((node,), mask.dims), _present(builder, atoms, groups))
     sizes = [builder.traced_size(volume(group)) for group in groups]
-    return analyse_mask(node, sizes, values)
+    return analyse_mask(node, sizes, values, with_bounds=with_bounds)
 
 
-def _present(builder: Builder, mask: ScoreMask, groups: Sequence[Dim]) -> list[Dim]:
-    """Of each group all atoms if the mask has any of them (missing ones repeated), else none."""
-    atoms = {a for dim in mask.dims for a in builder.space.leaves(dim)}
+def _present(builder: Builder, atoms: set[Atom], groups: Sequence[Dim]) -> list[Dim]:
+    """Of each group all atoms if any of them is among ``atoms`` (missing ones repeated), else
+    none."""
+    leaves = [builder.space.leaves(group) for group in groups]
     return [
         tuple(a if a in atoms else Atom(a.size, broadcast=True) for a in group)
         if atoms & set(group)
         else ()
-        for group in groups
+        for group in leaves
     ]
 
 

@@ -47,12 +47,13 @@ _LIBRARY = torch.library.Library("flashsvd", "FRAGMENT")
 # the model's own graph would.
 _ATTENTION_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask", "k_bias",
-    "sink",
+    "sink", "cos", "sin", "q_norm",
 )  # fmt: skip
 # ``q``, ``k`` and ``v`` are x where there is a factor that makes the latent of it, ``q_u``.
 _ATTENTION_BLOCKS_TENSORS = (
     "q", "k", "v", "q_factor", "q_bias", "k_factor", "v_factor", "v_bias", "mask",
     "q_u", "q_latent_bias", "k_u", "k_latent_bias", "v_u", "v_latent_bias", "k_bias", "sink",
+    "cos", "sin", "q_norm",
 )  # fmt: skip
 _FEED_FORWARD_TENSORS = (
     "up", "up_factor", "down_factor", "up_bias", "gate", "gate_factor", "gate_bias", "down_bias",
@@ -74,13 +75,15 @@ def _schema(tensors: Sequence[str], rest: str, required_tensors: int = 3) -> str
 
 # ``tile``: the fields of the kernel's TileConfig; empty lets the launcher choose, or, for row
 # blocks, says that library matmuls lift. ``sram_budget``: bytes of shared memory a block for the
-# launcher to choose by; 0 for what the device has. ``softcap``: 0 for none.
+# launcher to choose by; 0 for what the device has. ``softcap``, ``rotary_dim`` and ``q_norm_eps``:
+# 0 for none; ``ahead``, ``behind``: see `AttentionOperands`.
 _LIBRARY.define(
     "rank_space_attention"
     + _schema(
         _ATTENTION_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] tile, int sram_budget=0, "
-        "float softcap=0.0",
+        "float softcap=0.0, int rotary_dim=0, int rotary_pair=0, float q_norm_eps=0.0, "
+        "SymInt ahead=0, SymInt? behind=None",
     )
 )
 # ``heads``: of q, k and v, where x does not tell.
@@ -89,7 +92,8 @@ _LIBRARY.define(
     + _schema(
         _ATTENTION_BLOCKS_TENSORS,
         "int num_heads, bool is_causal, float scale, int[] heads, int block_batch, "
-        "int block_heads, int[] tile, int sram_budget=0, float softcap=0.0",
+        "int block_heads, int[] tile, int sram_budget=0, float softcap=0.0, int rotary_dim=0, "
+        "int rotary_pair=0, float q_norm_eps=0.0, SymInt ahead=0, SymInt? behind=None",
     )
 )
 _LIBRARY.define(
@@ -442,7 +446,10 @@ def _differentiable(name: str, plain: Callable[[Any], Tensor], record: Callable[
 
 _differentiable(
     "rank_space_attention", recomputed_attention, _attention_operands,
-    ("num_heads", "is_causal", "scale", "softcap"),
+    (
+        "num_heads", "is_causal", "scale", "softcap", "rotary_dim", "rotary_pair", "q_norm_eps",
+        "ahead", "behind",
+    ),
 )  # fmt: skip
 for _name in ("streamed_feed_forward", "row_blocks_feed_forward"):
     _differentiable(_name, unfused_feed_forward, _feed_forward_operands, ("activation",))
@@ -492,8 +499,11 @@ TILED["rank_space_attention"] = TiledOperator(
         _attention_operands(tensors, {k: v for k, v in numbers.items() if k != "sram_budget"})
     ),
     # of the output's batch and queries
-    cuts=(Cut(0, {"q": 0, "k": 0, "v": 0, "mask": 0}, 1), Cut(2, {"q": 2, "mask": 2}, 128)),
-    sizes={"q": 3, "k": 3, "v": 3, "mask": 4},
+    cuts=(
+        Cut(0, {"q": 0, "k": 0, "v": 0, "mask": 0, "cos": 0, "sin": 0}, 1),
+        Cut(2, {"q": 2, "mask": 2, "cos": 1, "sin": 1}, 128),
+    ),
+    sizes={"q": 3, "k": 3, "v": 3, "mask": 4, "cos": 2, "sin": 2},
 )
 TILED["streamed_feed_forward"] = TiledOperator(
     _FEED_FORWARD_TENSORS,

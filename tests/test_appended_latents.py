@@ -67,9 +67,10 @@ def test_latents_as_wide_as_heads_together_are_none(tmp_path):
     check(model, call(width=HEADS * HEAD_DIM), into=tmp_path, found=[])
 
 
-@pytest.mark.parametrize(("family", "latents"), [("llama", "v"), ("qwen3", "v"), ("opt", "kqv")])
+@pytest.mark.parametrize(("family", "latents"), [("llama", "qv"), ("qwen3", "qv"), ("opt", "kqv")])
 def test_decoding_with_a_latent_cache_keeps_values_in_rank_space(family, latents, tmp_path):
-    """Keys, too, where they do not turn; the same in the prefill as in steps."""
+    """Keys, too, where they do not turn, and queries in any case; the same in the prefill as in
+    steps."""
     model, inputs = decoder(family), prompts()
     options = {**OPTIONS, "debug_dir": str(tmp_path)}
     compiled = torch.compile(model.forward, backend="flashsvd", options=options)

@@ -205,7 +205,7 @@ DENSE = {
     "rms_norm_on_query": (lambda self, q, k, v: sdpa(_rms_norm(q), k, v), {"k", "v"}),
     "layer_norm_on_query_and_key": (
         lambda self, q, k, v: sdpa(self.norm(q), self.norm(k), v), {"v"}),
-    "rope": (lambda self, q, k, v: sdpa(_rope(q), _rope(k), v), {"v"}),
+    "rope": (lambda self, q, k, v: sdpa(_rope(q), _rope(k), v), {"q", "v"}),
     "activated_query": (lambda self, q, k, v: sdpa(F.elu(q) + 1, k, v), {"k", "v"}),
     "padded_keys": (_padded_key, {"q"}),
     "flipped_keys": (lambda self, q, k, v: sdpa(q, k.flip(2), v.flip(2)), {"q"}),

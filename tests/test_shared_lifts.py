@@ -1,4 +1,4 @@
-"""One lift for q, k and v, of which q and k are rotated: v stays a latent, they get what is left.
+"""One lift for q, k and v, of which q and k are bent: v stays a latent, they get what is left.
 
 What is left is a product of the rows that q and k read, and of no others; where that cannot be,
 all stays as it was, with the reason.
@@ -43,17 +43,13 @@ ONE_SITE = ["attention rank_space"]
 ONLY_V = {"q": "dense", "k": "dense", "v": str(RANK)}
 
 
-def rope(x):
-    """[B, H, M, D], as models rotate it."""
-    half = x.size(-1) // 2
-    rates = torch.arange(half, dtype=x.dtype).exp2().reciprocal().repeat(2)
-    angles = torch.arange(x.size(-2), dtype=x.dtype)[:, None] * rates
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * angles.cos() + turned * angles.sin()
+def bent(x):
+    """Something that no lift passes through."""
+    return torch.tanh(x) * x.size(-1) ** 0.25
 
 
-def rotated(q, k, v):
-    return sdpa(rope(q), rope(k), v)
+def bending(q, k, v):
+    return sdpa(bent(q), bent(k), v)
 
 
 def heads(x):
@@ -63,7 +59,7 @@ def heads(x):
 class Fused(nn.Module):
     """``attend(q, k, v)`` of what ``cut`` makes of one projection to ``width``."""
 
-    def __init__(self, cut, attend=rotated, qkv=None, width=3 * WIDTH):
+    def __init__(self, cut, attend=bending, qkv=None, width=3 * WIDTH):
         super().__init__()
         self.qkv, self.cut, self.attend = qkv or low_rank(HIDDEN, width), cut, attend
 
@@ -223,7 +219,7 @@ def test_scaled_and_biased_by_hand(tmp_path):
         assert products(model, hidden_states())[1:] == LEFT["sequential", cut]
 
 
-def test_keys_that_are_not_rotated_stay_latents_too(tmp_path):
+def test_keys_that_are_not_bent_stay_latents_too(tmp_path):
     model = Fused(FUSED_CUTS["chunk"], lambda q, k, v: sdpa(q.sigmoid(), k, v))
     ranks = {"q": "dense", "k": str(RANK), "v": str(RANK)}
     check(model, (hidden_states(),), into=tmp_path, found=ONE_SITE, ranks=ranks)
@@ -242,7 +238,7 @@ def test_two_attentions_of_one_lift(tmp_path):
 
     def attend(*parts):
         q, k, v, q2, k2, v2 = map(heads, parts)
-        return rotated(q, k, v), rotated(q2, k2, v2)
+        return bending(q, k, v), bending(q2, k2, v2)
 
     model = Fused(lambda x: x.chunk(6, -1), attend, width=6 * WIDTH)
     check(model, (hidden_states(),), into=tmp_path, found=ONE_SITE * 2, ranks=ONLY_V)
@@ -290,26 +286,26 @@ def _origin(node):
 
 
 def _values_kept(q, k, v):
-    return rotated(q, k, v), v
+    return bending(q, k, v), v
 
 
 def _query_kept(q, k, v):
-    return rotated(q, k, v), q
+    return bending(q, k, v), q
 
 
 def _past_the_query(q, k, v):
     last = torch.as_strided(q, (1,), (1,), 2 * WIDTH)
-    return rotated(q, k, v) + last
+    return bending(q, k, v) + last
 
 
 def _query_written_to(q, k, v):
     q = q.mul_(2)
-    return rotated(q, k, v)
+    return bending(q, k, v)
 
 
 def _values_written_to(q, k, v):
     v[..., 0] = 1.0
-    return rotated(q, k, v)
+    return bending(q, k, v)
 
 
 def _whole_read(x):
@@ -343,11 +339,11 @@ KEPT = {
     "values_kept": ("chunk", _values_kept, "wide_has_other_user", "is also read by output"),
     "query_kept": ("chunk", _query_kept, "wide_has_other_user", "is read by output"),
     "past_the_query": ("chunk", _past_the_query, "wide_has_other_user", "read by as_strided"),
-    "whole_read": (_whole_read, rotated, "wide_has_other_user", "is also read by mean"),
-    "rows_of_both": (_rows_of_both, rotated, "wide_has_other_user", "is also read by add"),
-    "double": (_double, rotated, "dtype", "float64"),
+    "whole_read": (_whole_read, bending, "wide_has_other_user", "is also read by mean"),
+    "rows_of_both": (_rows_of_both, bending, "wide_has_other_user", "is also read by add"),
+    "double": (_double, bending, "dtype", "float64"),
     "cut_without_autocast": (
-        _cut_without_autocast, rotated, "region_crossed", "autocast or grad mode changes"),
+        _cut_without_autocast, bending, "region_crossed", "autocast or grad mode changes"),
 }  # fmt: skip
 
 

@@ -1,8 +1,13 @@
 """From a candidate to an attention site: q, k and v as latents where they can be, else dense.
 
+Queries that RoPE has turned are read as the latent of what was turned: see ``rotations.py``.
+
 The operands' atoms are aligned with the output's; those along which a factor varies are heads, the
 others batch, but for those that a mask tells apart.
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import sympy
 from torch import fx
@@ -14,15 +19,37 @@ from flashsvd_compile.analysis.facts import AttentionCandidate, Facts
 from flashsvd_compile.analysis.low_rank import is_low_rank, lost_in_earnest
 from flashsvd_compile.analysis.regions import between, common_path, lift_region, other_user
 from flashsvd_compile.analysis.repeats import unrepeated
+from flashsvd_compile.analysis.rotations import RotatedLift, rotated_lift
 from flashsvd_compile.analysis.shared_lifts import share_lifts, shared_lift
-from flashsvd_compile.analysis.site_records import Arm, AttentionSite
+from flashsvd_compile.analysis.site_records import Arm, AttentionSite, Rotation
 from flashsvd_compile.reason import Code, Reason, reason_at
 
 
 def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | Reason | None:
+    """The site with turned queries as a latent, where they are one and all that this needs holds;
+    else as it is with them at full width."""
+    plain = _site(facts, found, None)
+    turned = rotated_lift(facts, found.query.node)
+    if turned is None or found.query.feature != (len(facts.axes[turned.node]) - 1,):
+        return plain
+    site = _site(facts, found, turned)
+    if not isinstance(site, AttentionSite) or site.query.rotation is None or site.key.factor:
+        return plain
+    return replace(site, unturned=plain if isinstance(plain, AttentionSite) else None)
+
+
+def _site(
+    facts: Facts, found: AttentionCandidate, turned: RotatedLift | None
+) -> AttentionSite | Reason | None:
+    """``turned``: the queries, where they are to be read as the latent of that lift."""
     space = facts.space
     operands = (found.query, found.key, found.value)
-    if not any(o.node in facts.factored or lost_in_earnest(facts, o.node) for o in operands):
+    lifted = [operand.node for operand in operands]
+    lift_facts = {node: facts.factored[node] for node in lifted if node in facts.factored}
+    if turned is not None:
+        lifted[0] = turned.lifted
+        lift_facts[turned.node] = turned.fact
+    if not any(o.node in lift_facts or lost_in_earnest(facts, o.node) for o in operands):
         return None
     batch = [_operand_batch(facts, operand) for operand in operands]
     output = tuple(a for dim in found.batch for a in dim)
@@ -35,7 +62,7 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         space.align(own, output)
     rows = [facts.atoms(o.node, o.rows) for o in operands]
     out_rows = space.leaves(found.rows)
-    stacked = _stacked_heads(facts, found, rows[0])
+    stacked = _stacked_heads(facts, found, lift_facts.get(found.query.node), rows[0])
     if stacked:
         batch[0] += tuple(rows[0][i] for i in stacked)
         batch[1:] = [(*own, *(Atom(rows[0][i].size, True) for i in stacked)) for own in batch[1:]]
@@ -52,10 +79,12 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         beside |= {found.sink.column, found.sink.tensor.node}
     core = between(facts, [found.node], {*(o.node for o in operands), *beside})
     regions = [lift_region(facts, operand.node) for operand in operands]
+    if turned is not None:
+        regions[0] = turned.region
     allowed = core.union(*(r for r in regions if r))
     whys = [
-        _why_dense(facts, name, operand, region, allowed)
-        for name, operand, region in zip("qkv", operands, regions, strict=True)
+        _why_dense(facts, operand.node, lift_facts.get(operand.node), {name: node}, region, allowed)
+        for name, operand, node, region in zip("qkv", operands, lifted, regions, strict=True)
     ]
     if all(whys):
         return next((w for w in whys if w and w.code is not Code.NO_LOW_RANK_OPERAND), None)
@@ -65,7 +94,7 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
         return reason_at(found.node, Code.REGION_CROSSED, "autocast or grad mode changes inside")
 
     positions = [space.leaves(own) for own in [*batch, output]]
-    low_rank = [facts.factored[o.node] for o, why in zip(operands, whys, strict=True) if not why]
+    low_rank = [lift_facts[o.node] for o, why in zip(operands, whys, strict=True) if not why]
     in_heads = [
         any(atoms[i] in _factor_atoms(facts, fact) for fact in low_rank for atoms in positions[:3])
         or any(atoms[i].broadcast for atoms in positions[1:3])
@@ -86,17 +115,21 @@ def attention_site(facts: Facts, found: AttentionCandidate) -> AttentionSite | R
     if found.sink is not None and not _is_leading(split[3][1], set(found.sink.tensor.atoms(space))):
         return reason_at(found.sink.column, Code.BAD_LAYOUT, "a sink of some heads of each group")
     arms: list[Arm] = []
-    for operand, own_rows, region, why, (own_batch, own_heads) in zip(
-        operands, rows, regions, whys, split, strict=False
+    rotations = [None if turned is None else turned.rotation, None, None]
+    for operand, own_rows, region, why, (own_batch, own_heads), rotation in zip(
+        operands, rows, regions, whys, split[:3], rotations, strict=True
     ):
-        arm = _arm(facts, found.node, operand, own_batch, own_heads, own_rows, region, why)
-        if isinstance(arm, Reason):
-            arm = _arm(facts, found.node, operand, own_batch, own_heads, own_rows, None, arm)
-        if isinstance(arm, Reason):
-            return arm
-        arms.append(arm)
-    nodes = [operand.node for operand in operands]
-    arms, lifts = share_lifts(facts, arms, nodes, core, allowed)
+        dense = _dense_arm(facts, found.node, operand, own_batch, own_heads, own_rows)
+        if isinstance(dense, Reason):
+            return dense
+        if why is None:
+            why = _why_apart(facts, dense, lift_facts[operand.node], rotation)
+        if why is None:
+            fact = lift_facts[operand.node]
+            arms.append(dense.as_latent(space.leaves(fact.rank), fact, region, rotation))
+        else:
+            arms.append(replace(dense, why_dense=why))
+    arms, lifts = share_lifts(facts, arms, lifted, core, allowed)
     if all(arm.factor is None for arm in arms):
         return arms[0].why_dense
     region = core.union(*(arm.region for arm in arms), *(lift.region for lift in lifts))
@@ -137,12 +170,13 @@ def _as_masks_vary(facts: Facts, found: AttentionCandidate, output: Dim) -> list
     ]
 
 
-def _stacked_heads(facts: Facts, found: AttentionCandidate, rows: Dim) -> list[int]:
+def _stacked_heads(
+    facts: Facts, found: AttentionCandidate, fact: Factored | None, rows: Dim
+) -> list[int]:
     """Which of the queries' row atoms are heads: the query's factor varies along them.
 
     Grouped queries may be spelled as more rows of one head of keys.
     """
-    fact = facts.factored.get(found.query.node)
     if fact is None or found.is_causal:
         return []
     in_factor = _factor_atoms(facts, fact)
@@ -170,35 +204,28 @@ def _factor_atoms(facts: Facts, fact: Factored) -> set[Atom]:
 
 def _why_dense(
     facts: Facts,
-    name: str,
-    operand: Operand,
+    node: fx.Node,
+    fact: Factored | None,
+    lifted: Mapping[str, fx.Node],
     region: frozenset[fx.Node],
     allowed: frozenset[fx.Node],
 ) -> Reason | None:
-    """Why an operand cannot be read from its latent; None if it can."""
-    node = operand.node
-    fact = facts.factored.get(node)
+    """Why an operand cannot be read from its latent; None if it can. ``lifted``: by arm."""
     if fact is None and (lost := lost_in_earnest(facts, node)):
         return lost
     if fact is None or not is_low_rank(facts, fact):
         return reason_at(node, Code.NO_LOW_RANK_OPERAND, "a dense tensor", "latent × factor")
     if other_user(region, allowed) is None:
         return None
-    left = shared_lift(facts, {name: node}, allowed)
+    is_turned = node not in facts.factored
+    left = shared_lift(facts, lifted, allowed, region if is_turned else frozenset())
     return left if isinstance(left, Reason) else None
 
 
-def _arm(
-    facts: Facts,
-    result: fx.Node,
-    operand: Operand,
-    batch: Dim,
-    heads: Dim,
-    rows: Dim,
-    region: frozenset[fx.Node] | None,
-    why: Reason | None,
+def _dense_arm(
+    facts: Facts, result: fx.Node, operand: Operand, batch: Dim, heads: Dim, rows: Dim
 ) -> Arm | Reason:
-    """The operand in canonical terms; dense if there is a reason ``why``."""
+    """The operand in canonical terms, at full width."""
     space, node = facts.space, operand.node
     width = facts.atoms(node, operand.feature)
     if not isinstance(volume(width), sympy.Integer):
@@ -207,12 +234,16 @@ def _arm(
     dense = Labelled((held,), facts.axes[held])
     if not _is_leading(heads, set(dense.atoms(space))):
         return reason_at(node, Code.BAD_LAYOUT, "heads repeated over the outer dimension")
-    if why is not None or region is None:
-        return Arm(dense, dense, width, batch, heads, rows, width, why_dense=why)
-    fact = facts.factored[node]
-    latent, factor = (set(t.atoms(space)) for t in (fact.latent, fact.factor))
+    return Arm(dense, dense, width, batch, heads, rows, width)
+
+
+def _why_apart(facts: Facts, arm: Arm, fact: Factored, rotation: Rotation | None) -> Reason | None:
+    """Why latent, factor and tables do not part by batch, head, row and feature; None if so."""
+    space, node, heads = facts.space, arm.lifted.node, arm.heads
+    width = arm.width if rotation is None else rotation.width
     rank = space.leaves(fact.rank)
-    vary = {atom for atom in (*batch, *rows) if not atom.broadcast}
+    latent, factor = (set(t.atoms(space)) for t in (fact.latent, fact.factor))
+    vary = {atom for atom in (*arm.batch, *arm.rows) if not atom.broadcast}
     extra = {a for b in fact.biases for a in b.tensor.atoms(space)} - set(heads) - set(width)
     fits = (
         vary <= latent
@@ -220,19 +251,22 @@ def _arm(
         and set(width) <= factor
         and not set(width) & latent
         and factor <= {*heads, *width, *rank}
-        and latent <= {*batch, *heads, *rows, *rank}
+        and latent <= {*arm.batch, *heads, *arm.rows, *rank}
         and not extra
         and _is_leading(heads, latent)
         and _is_leading(heads, factor)
         and all(_is_leading(heads, set(b.tensor.atoms(space))) for b in fact.biases)
         and all(set(width) <= set(b.tensor.atoms(space)) for b in fact.biases)
     )
-    if not fits:
-        return reason_at(node, Code.BAD_LAYOUT, "latent and factor do not part by head and row")
-    return Arm(
-        dense, fact.latent, rank, batch, heads, rows, width, fact.factor, fact.biases, fact.scale,
-        region,
-    )  # fmt: skip
+    if fits and rotation is not None:
+        places = {*arm.batch, *arm.rows}
+        fits = all(
+            set(angles.table.atoms(space)) - set(angles.features) <= places
+            for angles in (rotation.cos, rotation.sin)
+        )
+    if fits:
+        return None
+    return reason_at(node, Code.BAD_LAYOUT, "latent and factor do not part by head and row")
 
 
 def _is_leading(heads: Dim, atoms: set[Atom]) -> bool:

@@ -117,6 +117,16 @@ class Factored:
         return tuple(atom for atom in self.factor.atoms(space) if atom not in shared)
 
 
+def uncut(fact: Factored) -> Factored:
+    """``fact`` of all that its factor, its latent and its biases were cut from."""
+    return replace(
+        fact,
+        latent=replace(fact.latent, cuts=()),
+        factor=replace(fact.factor, cuts=()),
+        biases=tuple(replace(b, tensor=replace(b.tensor, cuts=())) for b in fact.biases),
+    )
+
+
 def label_like(space: AxisSpace, dims: Dims, shape: Sequence[Size]) -> Dims | None:
     """Names for the dimensions of an operand that broadcasts against a tensor with ``dims``."""
     if len(shape) > len(dims):

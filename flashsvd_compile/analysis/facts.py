@@ -25,6 +25,7 @@ from flashsvd_compile.analysis.calls import (
 from flashsvd_compile.analysis.contraction import Contraction
 from flashsvd_compile.analysis.factored import Factored
 from flashsvd_compile.analysis.layout import Moved
+from flashsvd_compile.analysis.turned import MeanSquare, Turned
 from flashsvd_compile.reason import Reason
 
 
@@ -112,6 +113,8 @@ class Facts:
     axes: dict[fx.Node, Dims] = field(default_factory=dict)
     pieces: dict[fx.Node, list[Moved]] = field(default_factory=dict)
     factored: dict[fx.Node, Factored] = field(default_factory=dict)
+    turned: dict[fx.Node, Turned] = field(default_factory=dict)
+    squares: dict[fx.Node, MeanSquare] = field(default_factory=dict)
     scores: dict[fx.Node, Scores] = field(default_factory=dict)
     probabilities: dict[fx.Node, Probabilities] = field(default_factory=dict)
     sinks: dict[fx.Node, SinkScores] = field(default_factory=dict)

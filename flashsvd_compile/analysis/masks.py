@@ -1,17 +1,18 @@
-"""An attention mask, as the tensors that it is made of: causal or not, and what is left.
+"""An attention mask: how far from its own place a query sees, and the tensors that say the rest.
 
-    keep = (k <= q) & (k >= 0) & pad[b, k]      a boolean mask [B, 1, M, N]
-    →  Mask(is_causal=True, terms=(pad[b, k] kept along (batch, key),))
+    keep = (k <= q) & (k > q - 4096) & pad[b, k]      a boolean mask [B, 1, M, N]
+    →  Mask(ahead=0, behind=4095, terms=(pad[b, k] kept along (batch, key),))
 
 A boolean mask is a conjunction (``symbolic_values``). Conjuncts that hold at every index in
-0 <= b < B, 0 <= h < H, 0 <= m < M, 0 <= n < N are dropped, ``n <= m`` becomes ``is_causal``, and
-each of the rest is found again in the graph: the node that is worth it, or else a node that is
-worth it and other conjuncts of the mask. So a kernel reads a padding mask [B, N], not [B, 1, M, N].
+0 <= b < B, 0 <= h < H, 0 <= m < M, 0 <= n < N are dropped, ``n <= m + c`` and ``n >= m - c`` become
+bounds, where c is a number or made of sizes, and each of the rest is found again in the graph: the
+node that is worth it, or else a node that is worth it and other conjuncts of the mask. So a kernel
+reads a padding mask [B, N], not [B, 1, M, N].
 
 An additive mask that is 0 where a predicate holds and -inf elsewhere says the same. (A row
 without any key is zero under SDPA for either spelling.) With a finite number in place of -inf
 such a row is an average over *all* keys; this is kept: only a mask that is true everywhere, or
-causal and nothing else, is taken apart there.
+that is bounds and nothing else and shows each query a key, is taken apart there.
 
 Nothing is claimed that is not proven, and no guard is added; what cannot be followed is a term.
 """
@@ -19,10 +20,12 @@ Nothing is claimed that is not proven, and no guard is added; what cannot be fol
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -33,9 +36,11 @@ from flashsvd_compile.analysis.predicates import (
     broadcasts_to,
     conjuncts,
     index_symbol,
+    is_index,
     is_one,
     margin_of,
     negate,
+    size_expr,
 )
 from flashsvd_compile.analysis.symbolic_values import SymbolicValues
 
@@ -62,25 +67,30 @@ class MaskTerm:
 
 @dataclass(frozen=True)
 class Mask:
-    """``key <= query`` (from the top left, as SDPA's ``is_causal``) if so, and all of ``terms``."""
+    """``query - behind <= key <= query + ahead``, from the top left, and all of ``terms``; a bound
+    that is None is none, and ``ahead`` 0 is SDPA's ``is_causal``."""
 
-    is_causal: bool
     terms: tuple[MaskTerm, ...]
+    ahead: sympy.Expr | None = None
+    behind: sympy.Expr | None = None
 
 
 def analyse_mask(
     node: fx.Node,
     sizes: Sequence[int | torch.SymInt],
     values: SymbolicValues | None = None,
+    *,
+    with_bounds: bool = True,
 ) -> Mask:
     """What the mask at ``node`` does to scores of ``sizes`` (B, H, M, N).
 
-    ``values`` shares the evaluation between the masks of one graph.
+    ``values`` shares the evaluation between the masks of one graph. Unless ``with_bounds`` all that
+    is not true everywhere is a term.
     """
     tensor = node.meta["val"]
     additive = _validate_mask(tensor, sizes)
     values = values or SymbolicValues(node.graph)
-    whole = Mask(False, (MaskTerm(node, _long_dimensions(tensor.shape), additive),))
+    whole = Mask((MaskTerm(node, _long_dimensions(tensor.shape), additive),))
     if not broadcasts_to(tensor.shape, sizes):
         return whole
     lineage = values.lineage(node)
@@ -89,12 +99,23 @@ def analyse_mask(
 
     value = values[node]
     domain = Domain.of(sizes)
+    split = partial(_split, node, lineage, values, domain, sizes, with_bounds)
     if not additive:
         assert isinstance(value, Boolean)
-        return _split(node, domain.simplify(value), lineage, values, domain, sizes)
-    if isinstance(value, Choice):
-        return _additive(node, _with_zero_kept(value), lineage, values, domain, sizes)
-    return Mask(False, (_term(node, dependence(value), additive=True),))
+        return split(domain.simplify(value))
+    if not isinstance(value, Choice):
+        return Mask((_term(node, dependence(value), additive=True),))
+    value = _with_zero_kept(value)
+    pred = domain.simplify(value.pred)
+    if value.yes == 0 and pred == sympy.true:
+        return Mask(())
+    if value.yes == 0 and value.no == -float("inf"):
+        return split(pred)
+    if value.yes == 0 and value.no <= NO_WEIGHT_BELOW and with_bounds:
+        bounds = _Bounds.of(pred, sizes)
+        if bounds.said == conjuncts(pred) and bounds.show_each_query_a_key(domain, sizes):
+            return Mask((), bounds.ahead, bounds.behind)
+    return Mask((_term(node, dependence(pred), additive=True),))
 
 
 def _validate_mask(tensor: torch.Tensor, sizes: Sequence[int | torch.SymInt]) -> bool:
@@ -119,38 +140,19 @@ def _with_zero_kept(value: Choice) -> Choice:
     return Choice(negate(value.pred), value.no, value.yes) if value.no == 0 else value
 
 
-def _additive(
-    node: fx.Node,
-    value: Choice,
-    lineage: Iterable[fx.Node],
-    values: SymbolicValues,
-    domain: Domain,
-    sizes: Sequence[int | torch.SymInt],
-) -> Mask:
-    pred = domain.simplify(value.pred)
-    if value.yes == 0:
-        if pred == sympy.true:
-            return Mask(False, ())
-        if value.no == -float("inf"):
-            return _split(node, pred, lineage, values, domain, sizes)
-        if value.no <= NO_WEIGHT_BELOW and conjuncts(pred) == _causal(pred, sizes):
-            # Every row sees key 0, so none is an average over all keys.
-            return Mask(True, ())
-    return Mask(False, (_term(node, dependence(pred), additive=True),))
-
-
 def _split(
     node: fx.Node,
-    pred: Boolean,
     lineage: Iterable[fx.Node],
     values: SymbolicValues,
     domain: Domain,
     sizes: Sequence[int | torch.SymInt],
+    with_bounds: bool,
+    pred: Boolean,
 ) -> Mask:
     """The mask that ``pred``, the simplified predicate of ``node``, stands for."""
-    causal = _causal(pred, sizes)
+    bounds = _Bounds.of(pred, sizes) if with_bounds else _Bounds()
     whole = conjuncts(pred)
-    missing = whole - causal
+    missing = whole - bounds.said
     # Nodes that the mask implies, with what each of them contributes; the mask itself is the last.
     worth: dict[fx.Node, frozenset[Boolean]] = {}
     for each in lineage:
@@ -173,21 +175,43 @@ def _split(
         for n, parts in worth.items()
         if n in chosen
     ]
-    return Mask(bool(causal), tuple(terms))
+    return Mask(tuple(terms), bounds.ahead, bounds.behind)
 
 
-def _causal(pred: Boolean, sizes: Sequence[int | torch.SymInt]) -> frozenset[Boolean]:
-    """The conjuncts that say ``n <= m`` and nothing else, in whatever spelling."""
-    n, m = (
-        sympy.S.Zero if is_one(size) else index_symbol(position)
-        for position, size in ((0, sizes[3]), (1, sizes[2]))
-    )
-    margins = {conjunct: margin_of(conjunct) for conjunct in conjuncts(pred)}
-    return frozenset(
-        conjunct
-        for conjunct, margin in margins.items()
-        if margin is not None and sympy.expand(margin - (m - n)) == 0
-    )
+@dataclass(frozen=True)
+class _Bounds:
+    """Of a predicate, the conjuncts ``n <= m + ahead`` and ``n >= m - behind``, in any spelling."""
+
+    said: frozenset[Boolean] = frozenset()
+    ahead: sympy.Expr | None = None
+    behind: sympy.Expr | None = None
+
+    @classmethod
+    def of(cls, pred: Boolean, sizes: Sequence[int | torch.SymInt]) -> _Bounds:
+        """At most one of each; of several the first is taken, the others stay conjuncts."""
+        n, m = (
+            sympy.S.Zero if is_one(size) else index_symbol(position)
+            for position, size in ((0, sizes[3]), (1, sizes[2]))
+        )
+        found = cls()
+        for conjunct in sorted(conjuncts(pred), key=sympy.default_sort_key):
+            if (margin := margin_of(conjunct)) is None or margin.has(AppliedUndef):
+                continue
+            ahead, behind = sympy.expand(margin - (m - n)), sympy.expand(margin - (n - m))
+            said = found.said | {conjunct}
+            if found.ahead is None and not any(map(is_index, ahead.free_symbols)):
+                found = replace(found, said=said, ahead=ahead)
+            elif found.behind is None and not any(map(is_index, behind.free_symbols)):
+                found = replace(found, said=said, behind=behind)
+        return found
+
+    def show_each_query_a_key(self, domain: Domain, sizes: Sequence[int | torch.SymInt]) -> bool:
+        """Provably: that of its own number, or the last."""
+        queries, keys = size_expr(sizes[2]), size_expr(sizes[3])
+        needed = [self.ahead] if self.ahead is not None else []
+        if self.behind is not None:
+            needed += [self.behind, keys - queries + self.behind]
+        return all(map(domain.is_nonnegative, needed))
 
 
 def _term(node: fx.Node, varies_along: frozenset[sympy.Symbol], additive: bool) -> MaskTerm:

@@ -9,13 +9,13 @@ become products of their own else.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 from torch import fx
 
 from flashsvd_compile.analysis.axes import Atom, AxisSpace, Size, volume
-from flashsvd_compile.analysis.factored import Factored
+from flashsvd_compile.analysis.factored import Factored, uncut
 from flashsvd_compile.analysis.facts import Facts
 from flashsvd_compile.analysis.layout import Cut
 from flashsvd_compile.analysis.shared_lift_records import ProductShape, Reader, Remainder
@@ -92,7 +92,7 @@ def _alike(facts: Facts, readers: Sequence[fx.Node]) -> list[_Rows]:
 
 def _rows(space: AxisSpace, fact: Factored, nodes: tuple[fx.Node, ...]) -> _Rows:
     """All cuts as one, if each is of what the one before has kept."""
-    whole, zero = _uncut(fact), sympy.Integer(0)
+    whole, zero = uncut(fact), sympy.Integer(0)
     apart = _Rows(nodes, fact, whole, None, zero, zero, None)
     again, start = whole, zero
     kept: Atom | None = None
@@ -104,15 +104,6 @@ def _rows(space: AxisSpace, fact: Factored, nodes: tuple[fx.Node, ...]) -> _Rows
         return apart
     length = sympy.Integer(1) if kept is None else kept.size
     return _Rows(nodes, fact, whole, fact.factor.cuts[0].atom, start, start + length, kept)
-
-
-def _uncut(fact: Factored) -> Factored:
-    return replace(
-        fact,
-        latent=replace(fact.latent, cuts=()),
-        factor=replace(fact.factor, cuts=()),
-        biases=tuple(replace(b, tensor=replace(b.tensor, cuts=())) for b in fact.biases),
-    )
 
 
 def _runs(rows: Sequence[_Rows]) -> list[list[_Rows]]:

@@ -48,7 +48,8 @@ def share_lifts(
             by_lift.setdefault(facts.factored[node].lift, {})[name] = node
     shared = []
     for nodes in by_lift.values():
-        left = shared_lift(facts, nodes, gone)
+        turned = frozenset().union(*(found[n].region for n in nodes if found[n].rotation))
+        left = shared_lift(facts, nodes, gone, turned)
         if not isinstance(left, Reason):
             shared.append(left)
             continue
@@ -59,11 +60,19 @@ def share_lifts(
 
 
 def shared_lift(
-    facts: Facts, inputs: Mapping[str, fx.Node], gone: frozenset[fx.Node]
+    facts: Facts,
+    inputs: Mapping[str, fx.Node],
+    gone: frozenset[fx.Node],
+    turned: frozenset[fx.Node] = frozenset(),
 ) -> SharedLift | Reason:
-    """What stays of the lift that makes all ``inputs``, by arm, once ``gone`` read it no more."""
+    """What stays of the lift that makes all ``inputs``, by arm, once ``gone`` read it no more.
+
+    ``turned``: what leads from inputs to attention.
+    """
     nodes = list(inputs.values())
     lift = facts.factored[nodes[0]].lift
+    if read := other_user((n for n in turned if not _holds(facts, n, lift)), gone):
+        return read
     if torch.is_grad_enabled():
         observed = f"{lift.name} is also read outside, and its factor would get gradients in parts"
         return reason_at(lift, Code.GRADIENTS, observed, "inference")

@@ -21,7 +21,53 @@ from flashsvd_compile.analysis.axes import Dim, Dims, Size, volume
 from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.analysis.factored import Bias, Factored, Labelled
 from flashsvd_compile.analysis.shared_lift_records import SharedLift
+from flashsvd_compile.analysis.turned import Norm
 from flashsvd_compile.reason import Reason
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Entries of ``table`` from ``start`` on, every ``step``-th; ``count`` of them: one for each
+    feature that turns, or one for each pair. ``features``: the atoms that name its entries.
+
+    ``is_complex``: the table is, and its entries are re and im in turn; ``negated``: each is to be
+    multiplied by -1.
+    """
+
+    table: Labelled
+    features: Dim
+    start: int
+    step: int
+    count: int
+    is_complex: bool = False
+    negated: bool = False
+
+    @property
+    def entry_bytes(self) -> int:
+        size = value(self.table.node).dtype.itemsize
+        return size // 2 if self.is_complex else size
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RoPE between ``lift`` and what attention reads: of the first ``rotary_dim`` features those
+    that are ``pair`` apart turn (see ``kernels/rotation.py``).
+
+    ``width``: the lift's own atoms for head_dim. ``norm``: what is done to the lift before.
+    """
+
+    lift: fx.Node
+    cos: Angles
+    sin: Angles
+    rotary_dim: int
+    pair: int
+    width: Dim
+    norm: Norm | None = None
+
+    @property
+    def table_bytes(self) -> int:
+        """Of an entry of the wider table."""
+        return max(angles.entry_bytes for angles in (self.cos, self.sin))
 
 
 @dataclass(frozen=True)
@@ -31,7 +77,8 @@ class Arm:
     ``batch``, ``heads``, ``rows``, ``width``: this tensor's own atoms for the canonical
     dimensions (an atom is ``broadcast`` where the tensor does not vary). ``rank`` is the last
     dimension of ``latent``; for a dense tensor that is ``width`` and there is no factor.
-    ``lifted`` is the full-width tensor and ``region`` the nodes from the lift to there.
+    ``lifted`` is the full-width tensor and ``region`` the nodes from the lift to there. What the
+    factor lifts is turned by ``rotation`` to be that, where there is one.
     """
 
     lifted: Labelled
@@ -46,17 +93,32 @@ class Arm:
     scale: float = 1.0
     region: frozenset[fx.Node] = frozenset()
     why_dense: Reason | None = None
+    rotation: Rotation | None = None
+
+    def as_latent(
+        self, rank: Dim, fact: Factored, region: frozenset[fx.Node], rotation: Rotation | None
+    ) -> "Arm":
+        """The same input, read from the latent of ``fact``."""
+        return replace(
+            self, latent=fact.latent, rank=rank, factor=fact.factor, biases=fact.biases,
+            scale=fact.scale, region=region, rotation=rotation,
+        )  # fmt: skip
 
     def as_dense(self, why: Reason) -> "Arm":
         """The same input read at full width: lifted before the site, for the reason ``why``."""
         return replace(
             self, latent=self.lifted, rank=self.width, factor=None, biases=(), scale=1.0,
-            region=frozenset(), why_dense=why,
+            region=frozenset(), why_dense=why, rotation=None,
         )  # fmt: skip
 
     @property
     def rank_size(self) -> int:
         return int(volume(self.rank))
+
+    @property
+    def lifted_width(self) -> Dim:
+        """The factor's own atoms for ``width``."""
+        return self.width if self.rotation is None else self.rotation.width
 
     @property
     def width_size(self) -> int:
@@ -94,7 +156,8 @@ class AttentionSite(Site):
     the output's and the masks' atoms.
 
     ``sink``: a logit of each head [H_t] that softmax weighs beside the keys. ``shared``: the lifts
-    of arms that others read, too.
+    of arms that others read, too. ``unturned``: the same site with turned queries at full width,
+    where it is one.
     """
 
     kind: ClassVar[str] = "attention"
@@ -114,6 +177,7 @@ class AttentionSite(Site):
     shared: tuple[SharedLift, ...] = ()
     softcap: float = 0.0
     sink: Labelled | None = None
+    unturned: "AttentionSite | None" = None
 
     @property
     def num_heads(self) -> int:

@@ -1,5 +1,6 @@
 """All sites of a graph, and its near-misses, from the facts of one sweep."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -45,7 +46,9 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
     taken = frozenset().union(*(site.region for site in sites))
     sites = [_apart(site, taken) for site in sites]
     # What attention may leave to others is a chain if it does not.
-    shared = {s.lift for site in sites if isinstance(site, AttentionSite) for s in site.shared}
+    shared = {
+        lift for site in sites if isinstance(site, AttentionSite) for lift in _lifts_left_by(site)
+    }
     for chain in _chains(facts, taken - shared):
         ragged = check_rectangular(chain.node)
         if ragged is None:
@@ -54,6 +57,15 @@ def find_sites(facts: Facts, graph: fx.Graph) -> tuple[list[Site], list[Skip]]:
             skips.append(Skip("chain", chain.node, chain.where, ragged))
     order = {node: index for index, node in enumerate(graph.nodes)}
     return sorted(sites, key=lambda s: order[s.node]), sorted(skips, key=lambda s: order[s.node])
+
+
+def _lifts_left_by(site: AttentionSite) -> Iterator[fx.Node]:
+    """Lifts of ``site`` that stay in the graph in some of the ways to run it."""
+    if site.query.rotation is not None:
+        yield site.query.rotation.lift
+    yield from (shared.lift for shared in site.shared)
+    if site.unturned is not None:
+        yield from _lifts_left_by(site.unturned)
 
 
 def _apart(site: Site, taken: frozenset[fx.Node]) -> Site:

@@ -11,7 +11,13 @@ import operator
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis import attention_rules, product_rules, sink_rules
+from flashsvd_compile.analysis import (
+    attention_rules,
+    normed_rules,
+    product_rules,
+    sink_rules,
+    turned_rules,
+)
 from flashsvd_compile.analysis.axes import Dims, same, shape_of
 from flashsvd_compile.analysis.calls import (
     arguments,
@@ -92,6 +98,9 @@ def _visit(facts: Facts, node: fx.Node) -> None:
         _lose(facts, node, Code.MUTATED, "memory that is written in place")
         return
     _infer(facts, node)
+    if not is_layout(node):
+        normed_rules.infer(facts, node)
+        turned_rules.infer(facts, node)
 
 
 def _infer(facts: Facts, node: fx.Node) -> None:
@@ -155,7 +164,8 @@ def _is_off(node: fx.Node) -> bool:
 def _by_knowledge(facts: Facts, nodes: list[fx.Node]) -> list[fx.Node]:
     """Least known first, so that the labels of the operand that facts speak of prevail."""
     return sorted(nodes, key=lambda n: n in facts.factored or n in facts.scores
-                  or n in facts.probabilities or n in facts.pointwise)  # fmt: skip
+                  or n in facts.probabilities or n in facts.pointwise
+                  or n in facts.turned)  # fmt: skip
 
 
 # ---- layout -------------------------------------------------------------------------------------
@@ -201,6 +211,7 @@ def _carry(facts: Facts, source: fx.Node, node: fx.Node, moved: Moved) -> None:
         facts.appended[node] = facts.appended[source]
     if (fact := facts.factored.get(source)) is not None:
         facts.factored[node] = fact.cut(facts.space, moved.cut) if moved.cut else fact
+    turned_rules.carry(facts, source, node, moved)
     if source in facts.lost:
         facts.lost[node] = facts.lost[source]
     if moved.cut is not None:

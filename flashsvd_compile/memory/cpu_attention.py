@@ -28,18 +28,19 @@ def flash_scratch_bytes(
 
 
 def mask_scratch_bytes(
-    mask: torch.Tensor, rows: Size, keys: Size, is_causal: bool, dtype: torch.dtype
+    mask: torch.Tensor | None, rows: Size, keys: Size, is_bounded: bool, dtype: torch.dtype
 ) -> Size:
     """What becomes of ``mask``, which broadcasts to [batch, heads, rows, keys], beside q of
-    ``dtype``: a boolean one is added as numbers of that dtype, and one that is not causal yet is
-    made so before (``kernels/attention_reference.py``), at the size of the scores."""
-    is_boolean = mask.dtype == torch.bool
-    elements = sympy.prod(shape_of(mask))
-    if is_causal:
-        elements = sympy.prod(shape_of(mask)[:-2]) * rows * keys
-    added = elements * dtype.itemsize if is_boolean or mask.dtype != dtype else 0
-    made_causal = elements * mask.dtype.itemsize if is_causal else 0
-    return added + made_causal
+    ``dtype``: a boolean one is added as numbers of that dtype, and bounds are put into it before
+    (``kernels/attention_band.py``), at the size of the scores. None: bounds alone are its mask."""
+    own = torch.bool if mask is None else mask.dtype
+    leading = sympy.S.One if mask is None else sympy.prod(shape_of(mask)[:-2])
+    elements = leading * rows * keys
+    if mask is not None and not is_bounded:
+        elements = sympy.prod(shape_of(mask))
+    added = elements * dtype.itemsize if own != dtype else 0
+    bounded = elements * own.itemsize if is_bounded else 0
+    return added + bounded
 
 
 def _rows_of_a_tile(rows: Size) -> Size:

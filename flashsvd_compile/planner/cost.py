@@ -47,6 +47,8 @@ def attention_cost(site: AttentionSite, device: Device, hints: Mapping[Size, int
         lifted = batch * heads * count * arm.width_size
         if arm.factor is not None and arm is not key:
             work = lifted * arm.rank_size
+            if arm.rotation is not None:  # each feature's partner, too
+                work *= 2
             seconds += at(work, hints) / rate
         if arm is query and key.factor is not None:
             work = batch * heads * rows * key.width_size * key.rank_size
@@ -61,6 +63,13 @@ def lift_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size
     """Seconds to lift an arm before the site: the matmul; its traffic is the dense arm's."""
     count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
     return at(count * arm.rank_size, hints) / _macs_per_s(site, device) + device.launch_s
+
+
+def turn_cost(arm: Arm, site: AttentionSite, device: Device, hints: Mapping[Size, int]) -> float:
+    """Seconds to turn an arm before the site: it is read once, and written; tables have no heads
+    and count little."""
+    count = volume(site.batch) * volume(arm.rows) * site.num_heads * arm.width_size
+    return 2 * at(count, hints) * site.dtype.itemsize / device.bytes_per_s + device.launch_s
 
 
 def shared_lift_cost(

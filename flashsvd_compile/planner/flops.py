@@ -1,7 +1,8 @@
 """FLOPs of a site as it will run and unfused: 2 × the multiply-adds of its products.
 
     attention      unfused      lifts of q, k and v;  M · N · D for scores and for values
-                   rank_space   lift of q, absorption of k and lift of the result, M · D · r each;
+                   rank_space   lift of q (twice if RoPE turns it), absorption of k and lift of
+                                the result, M · D · r each;
                                 M · N · r for scores and for values
     feed_forward   all          T · F · (r_up + r_gate + r_down)
     chain          all          rows · r · (in + out)
@@ -94,7 +95,8 @@ def _rank_space_attention(site: AttentionSite, found: AttentionSite) -> Size:
     macs = _pairs(site) * (key.rank_size + val.rank_size)
     for arm in (query, key, val):
         if arm.factor is not None:
-            macs += results * arm.width_size * arm.rank_size
+            lifted = 1 if arm.rotation is None else 2  # each feature's partner, too
+            macs += results * arm.width_size * arm.rank_size * lifted
     absorbed = {name for name, arm in site.arms.items() if arm.factor is not None}
     before = (lift for names, lift in _lifts(found).items() if not names & absorbed)
     return macs + sympy.Add(*before, *(r.shape.macs for s in site.shared for r in s.remainders))

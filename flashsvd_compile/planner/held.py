@@ -1,12 +1,12 @@
 """What a planned site reads and holds, for the walk that predicts memory."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import fx
 
-from flashsvd_compile.analysis.axes import Size, shape_of, volume
+from flashsvd_compile.analysis.axes import Size, shape_of, size_of, volume
 from flashsvd_compile.analysis.calls import arguments, value
 from flashsvd_compile.analysis.site_records import (
     AttentionSite,
@@ -15,7 +15,7 @@ from flashsvd_compile.analysis.site_records import (
     FeedForwardSite,
     Outer,
 )
-from flashsvd_compile.kernels.attention_extents import BLOCK_QUERIES
+from flashsvd_compile.kernels.attention_extents import BAND_QUERIES, BLOCK_QUERIES
 from flashsvd_compile.memory.cpu_attention import flash_scratch_bytes, mask_scratch_bytes
 from flashsvd_compile.memory.view import Lowered
 from flashsvd_compile.planner.device import Device
@@ -61,14 +61,33 @@ _NO_MASK = _MaskScratch(sympy.S.Zero, sympy.S.Zero)
 
 def _mask_scratch(plan: Plan, operator: fx.Node) -> _MaskScratch:
     site, named = plan.site, arguments(operator)
-    if not isinstance(site, AttentionSite) or named["mask"] is None:
+    if not isinstance(site, AttentionSite):
         return _NO_MASK
-    mask, is_causal = value(named["mask"]), named["is_causal"]
+    mask = None if named["mask"] is None else value(named["mask"])
+    behind, is_causal = named["behind"], named["is_causal"]
+    if mask is None and behind is None and named["ahead"] == 0:
+        return _NO_MASK
     rows, keys = volume(site.rows), volume(site.keys)
-    attending = mask_scratch_bytes(mask, rows, keys, is_causal, site.dtype)
-    # Rows that see no key must not get the bias: which of the numbers are -inf?
-    asked = mask.dtype != torch.bool and site.value.biases
-    return _MaskScratch(attending, sympy.prod(shape_of(mask)) if asked else sympy.S.Zero)
+    is_bounded = is_causal or behind is not None
+    gathered: Size = sympy.S.Zero
+    if behind is not None:  # in blocks (``kernels/attention_band.py``), whose results are joined
+        width = max(site.key.rank_size, site.value.rank_size)
+        gathered = volume(site.batch) * site.num_heads * rows * width * site.dtype.itemsize
+        ahead = _size_in(named["ahead"]) if is_causal else keys
+        rows, keys = (
+            sympy.Min(rows, BAND_QUERIES),
+            sympy.Min(keys, BAND_QUERIES + _size_in(behind) + ahead),
+        )
+    attending = mask_scratch_bytes(mask, rows, keys, is_bounded, site.dtype) + gathered
+    asking: Size = sympy.S.Zero
+    if mask is not None and mask.dtype != torch.bool and site.value.biases:
+        # Rows that see no key must not get the bias: which of the numbers are -inf?
+        asking = sympy.prod(shape_of(mask))
+    return _MaskScratch(attending, asking)
+
+
+def _size_in(argument: Any) -> Size:
+    return size_of(value(argument) if isinstance(argument, fx.Node) else argument)
 
 
 def _is_one_launch(plan: Plan) -> bool:
@@ -83,6 +102,8 @@ def _reads(plan: Plan) -> list[fx.Node]:
         nodes: list[fx.Node] = []
         for name, arm in site.arms.items():
             nodes += [entries[name].x.node] if name in entries else arm.latent.nodes
+            if arm.rotation is not None:
+                nodes += [arm.rotation.cos.table.node, arm.rotation.sin.table.node]
         return nodes
     if isinstance(site, FeedForwardSite):
         if plan.lowering == "streamed_whole" and isinstance(site.outer, Outer):
@@ -153,4 +174,16 @@ def _library_scratch(
         attending += _scores_scratch(site, batch * heads, rows, keys)
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
     asking = element * (queries + latent + (output if in_blocks else 0)) + of_mask.asking
-    return sympy.Max(attending, lifting, asking)
+    turning = batch * heads * _turning_scratch(site) - (0 if in_blocks else element * output)
+    return sympy.Max(attending, lifting, asking, turning)
+
+
+def _turning_scratch(site: AttentionSite) -> Size:
+    """Of ``kernels/rotation.py``, for one head: queries as they are lifted, and as float32 if they
+    are narrower; both features of all pairs beside each other, and what they are made of."""
+    if site.query.rotation is None:
+        return sympy.S.Zero
+    size = site.dtype.itemsize
+    wide = max(size, 4)
+    copied = wide if wide > size else 0
+    return volume(site.rows) * site.query.width_size * (size + copied + 2 * wide)

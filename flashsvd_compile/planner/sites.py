@@ -34,12 +34,11 @@ def plan_site(site: Site, device: Device, options: Options, hints: Mapping[Size,
 def drop_taken(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     """The plans without those of chains that became a part of a larger site."""
     taken = {plan.node for plan in plans if plan.lowering == "streamed_whole"}
-    taken |= {
-        lift.lift
-        for plan in plans
-        if isinstance(plan.site, AttentionSite) and plan.lowering != "unfused"
-        for lift in plan.site.shared
-    }
+    for plan in plans:
+        if isinstance(plan.site, AttentionSite) and plan.lowering != "unfused":
+            taken |= {lift.lift for lift in plan.site.shared}
+            if plan.site.query.rotation is not None:
+                taken.add(plan.site.query.rotation.lift)
     return tuple(
         plan for plan in plans if not (isinstance(plan.site, ChainSite) and plan.node in taken)
     )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flashsvd_compile.analysis.calls import value
 from flashsvd_compile.lowering.tiled import TILED, Cut, TiledOperator
-from flashsvd_compile.tuning.operands import Operand, operand_like
+from flashsvd_compile.tuning.operands import Operand, numbers_of, operand_like
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ def example_of(node: fx.Node) -> ExampleCall | None:
             return None
         operands[name] = operand
     numbers = {name: x for name, x in node.kwargs.items() if name != "tile"}
+    for name, size in numbers.items():
+        if isinstance(size, fx.Node):
+            if (known := numbers_of([value(size)])) is None:
+                return None
+            numbers[name] = known[0]
     device = next(iter(given.values())).device
     return ExampleCall(target, operator, operands, numbers, device)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,23 +25,49 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 LOWEST = torch.finfo(torch.float32).min
 INF = float("inf")
 B, H, M, N = 2, 3, 5, 7
+FROM_BELOW = ("n-m<=2", "n-m<=c")  # of static sizes, of dynamic ones
 
 
 def described(mask: Mask) -> str:
-    """``causal, b__k``: a term is the dimensions that it keeps, after a + if it is additive."""
+    """``causal, b__k``: a term is the dimensions that it keeps, after a + if it is additive; bounds
+    are ``causal``, ``n-m<=c`` and ``m-n<=c``."""
     terms = [
         "+" * t.additive + "".join(c if k else "_" for c, k in zip("bhqk", t.keeps, strict=True))
         for t in mask.terms
     ]
-    return ", ".join(["causal"] * mask.is_causal + sorted(terms)) or "none"
+    bounds = []
+    if mask.ahead is not None:
+        ahead = mask.ahead if mask.ahead.is_number else "c"
+        bounds.append("causal" if ahead == 0 else f"n-m<={ahead}")
+    if mask.behind is not None:
+        bounds.append(f"m-n<={mask.behind}")
+    return ", ".join(bounds + sorted(terms)) or "none"
+
+
+def numbers_of(values: dict[fx.Node, Any]) -> dict[sympy.Symbol, int]:
+    """What the symbols of traced sizes are at run time."""
+    found: dict[sympy.Symbol, int] = {}
+    for node, value in values.items():
+        traced, real = node.meta.get("val"), value
+        pairs = [(traced, real)] if isinstance(traced, torch.SymInt) else []
+        if isinstance(traced, torch.Tensor):
+            pairs = list(zip(traced.shape, real.shape, strict=True))
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found[size.node.expr] = int(number)
+    return found
 
 
 def rebuilt(mask: Mask, values: dict[fx.Node, Any], sizes: tuple[int, ...]):
     """The booleans that the claim keeps, and the sum of what it adds."""
     attend = torch.ones(sizes, dtype=torch.bool)
     added = torch.zeros(sizes)
-    if mask.is_causal:
-        attend = attend.tril()
+    numbers = numbers_of(values)
+    m, n = torch.arange(sizes[2])[:, None], torch.arange(sizes[3])
+    if mask.ahead is not None:
+        attend = attend & (n - m <= int(mask.ahead.xreplace(numbers)))
+    if mask.behind is not None:
+        attend = attend & (m - n <= int(mask.behind.xreplace(numbers)))
     for term in mask.terms:
         value = values[term.node]
         value = value.reshape((1,) * (4 - value.dim()) + value.shape)
@@ -232,9 +259,9 @@ CASES: dict[str, tuple[Callable[[Inputs], Any], str]] = {
         lambda i: (i.k <= i.q + torch.arange(-2, 1)[:, None, None])[-1],
         "causal",
     ),
-    "near causal: another of many": (
+    "bound: another of many": (
         lambda i: (i.k <= i.q + torch.arange(-2, 3)[:, None, None])[1],
-        "__qk",
+        "n-m<=-1",
     ),
     "causal: a size in a tensor": (
         lambda i: i.k + torch.full((), i.M) < i.q + i.M + 1,
@@ -249,22 +276,33 @@ CASES: dict[str, tuple[Callable[[Inputs], Any], str]] = {
     "causal: gathered positions": (_gathered_positions, "causal"),
     "causal: xor with true": (lambda i: (i.k > i.q) ^ (i.k >= 0), "causal"),
     "causal: scores == 0": (lambda i: torch.where(i.causal, 0.0, i.lowest) == 0, "causal"),
-    "near causal: k < q": (lambda i: i.k < i.q, "__qk"),
-    "near causal: k <= q + 1": (lambda i: i.k <= i.q + 1, "__qk"),
-    "near causal: reversed": (lambda i: i.q <= i.k, "__qk"),
-    "near causal: from the bottom right": (lambda i: i.k <= i.q + (i.N - i.M), "__qk"),
-    "near causal: slice": (lambda i: torch.arange(i.N + 3)[3:] <= i.q, "__qk"),
-    "near causal: last positions": (lambda i: i.k <= torch.arange(i.N)[-i.M :, None], "__qk"),
+    "bound: k < q": (lambda i: i.k < i.q, "n-m<=-1"),
+    "bound: k <= q + 1": (lambda i: i.k <= i.q + 1, "n-m<=1"),
+    "bound: reversed": (lambda i: i.q <= i.k, "m-n<=0"),
+    "bound: from the bottom right": (lambda i: i.k <= i.q + (i.N - i.M), FROM_BELOW),
+    "bound: slice": (lambda i: torch.arange(i.N + 3)[3:] <= i.q, "n-m<=-3"),
+    "bound: last positions": (lambda i: i.k <= torch.arange(i.N)[-i.M :, None], FROM_BELOW),
     "near causal: an index that wraps": (lambda i: i.k[i.k - 1] <= i.q, "__qk"),
     "near causal: a slice that torch clamps": (lambda i: i.k[-100:] <= i.q, "__qk"),
     "near causal: bits read as integers": (lambda i: i.k.double().view(torch.int64) <= i.q, "__qk"),
     "near causal: step": (lambda i: torch.arange(0, 2 * i.N, 2) <= i.q, "__qk"),
-    "near causal: tril(1)": (lambda i: i.ones(dtype=torch.bool).tril(1), "__qk"),
+    "bound: tril(1)": (lambda i: i.ones(dtype=torch.bool).tril(1), "n-m<=1"),
     "near causal: floats": (lambda i: i.k.float() <= i.q.float(), "__qk"),
     "near causal: float arange": (lambda i: torch.arange(0.0, i.N) <= i.q, "__qk"),
     "near causal: or prefix": (lambda i: i.causal | (i.k < i.lengths[:, None, None, None]), "b_qk"),
     "near causal: flipped": (lambda i: i.causal.flip(-1), "__qk"),
-    "window": (lambda i: i.causal & (i.q - i.k < 3), "causal, __qk"),
+    "window": (lambda i: i.causal & (i.q - i.k < 3), "causal, m-n<=2"),
+    "window: both ways": (lambda i: (i.q - i.k).abs() <= 2, "__qk"),
+    "window: both ways, one by one": (
+        lambda i: (i.q - i.k <= 2) & (i.k - i.q <= 2),
+        "n-m<=2, m-n<=2",
+    ),
+    "window: of data": (lambda i: i.q - i.k < i.lengths[:, None, None, None], "b_qk"),
+    "window: two of them": (
+        lambda i: (i.q - i.k < 3) & (i.q - i.k < i.B),
+        ("m-n<=1, __qk", "m-n<=2, __qk"),
+    ),
+    "window: and a step": (lambda i: (2 * i.q - i.k < 3) & i.causal, "causal, __qk"),
     # data
     "padding": (lambda i: i.pad4, "b__k"),
     "padding, expanded": (lambda i: i.pad4.expand(-1, i.H, i.M, -1), "b__k"),
@@ -284,7 +322,7 @@ CASES: dict[str, tuple[Callable[[Inputs], Any], str]] = {
     ),
     "everything of a decoder": (
         lambda i: ((i.q >= 0) & i.causal & i.pad4 & (i.q - i.k < 3)).expand(i.B, 1, -1, -1),
-        "causal, __qk, b__k",
+        "causal, m-n<=2, b__k",
     ),
     "not or": (lambda i: ~((i.k > i.q) | ~i.pad4), "causal, b__k"),
     "not or, unnamed": (lambda i: ~((i.k > i.q) | (i.pad4 == 0)), "causal, b__k"),
@@ -342,7 +380,22 @@ CASES: dict[str, tuple[Callable[[Inputs], Any], str]] = {
         lambda i: torch.where(i.causal & i.pad4, 0.0, i.lowest),
         "+b_qk",
     ),
-    "lowest: near causal": (lambda i: torch.where(i.k < i.q, 0.0, i.lowest), "+__qk"),
+    "lowest: window": (
+        lambda i: torch.where(i.causal & (i.k > i.q - 3), 0.0, i.lowest),
+        ("causal, m-n<=2", "+__qk"),
+    ),
+    "lowest: window, and queries beyond all keys": (
+        lambda i: torch.where(i.causal & (i.k > i.q - 1) & (i.q < i.M), 0.0, i.lowest),
+        ("causal, m-n<=0", "+__qk"),
+    ),
+    "lowest: from the bottom right": (
+        lambda i: torch.where(i.k <= i.q + (i.N - i.M), 0.0, i.lowest),
+        ("n-m<=2", "+__qk"),
+    ),
+    "lowest: the first query sees no key": (
+        lambda i: torch.where(i.k < i.q, 0.0, i.lowest),
+        "+__qk",
+    ),
     "near lowest: -100": (lambda i: torch.where(i.causal, 0.0, -100.0), "+__qk"),
     "near lowest: positive": (lambda i: torch.where(i.causal, 0.0, 1e9), "+__qk"),
     "near lowest: kept is not 0": (lambda i: torch.where(i.causal, 1.0, i.lowest), "+__qk"),
@@ -357,6 +410,8 @@ NOT_REBUILT = {"-inf times 0 is NaN"}
 @pytest.mark.parametrize("case", CASES)
 def test_claim(case, dynamic, monkeypatch):
     mask_of, expected = CASES[case]
+    if isinstance(expected, tuple):
+        expected = expected[dynamic]
     if case in NOT_REBUILT:
         monkeypatch.setattr(_Rebuilding, "run_node", fx.Interpreter.run_node)
     assert described(analysed(mask_of, dynamic)) == expected
@@ -381,7 +436,7 @@ def test_a_batch_as_long_as_the_heads_is_not_taken_for_them():
 @pytest.mark.parametrize(
     ("mask_of", "static", "dynamic"),
     [
-        (lambda i: i.q - i.k < 100, "none", "__qk"),
+        (lambda i: i.q - i.k < 100, "none", "m-n<=99"),
         (lambda i: i.k < 7, "none", "___k"),
         (lambda i: torch.arange(i.N, dtype=torch.int8) >= 0, "none", "___k"),
         (lambda i: i.k.int() <= i.q, "causal", "__qk"),
@@ -470,7 +525,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "v
         ("Bert", True, [{"b__k"}]),
         ("Llama", False, [set(), {"causal"}]),
         ("Llama", True, [{"causal, b__k"}]),
-        ("Mistral", True, [{"causal, __qk, b__k"}]),
+        ("Mistral", True, [{"causal, m-n<=2, b__k"}]),
     ],
 )
 def test_models_of_transformers(name, padded, allowed):

@@ -49,12 +49,13 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
     dtype = getattr(torch, case["dtype"])
     rows, mask = case.get("rows", 200), case.get("mask", "none")
     ranks, (head_dim, head_dim_v) = case["ranks"], case["head_dims"]
+    tables = getattr(torch, case["tables"]) if case.get("tables") else None
     of = attention_extents.AttentionExtents(
-        head_dim, head_dim_v, *ranks, True, True, dtype.itemsize,
+        head_dim, head_dim_v, *ranks, True, True, dtype.itemsize, k_lifted=tables is None,
         is_float16=case["dtype"] == "float16", mask="none" if mask == "none" else "any",
         is_causal=case.get("is_causal", False), generation=case["generation"],
         keys_multiple=attention_extents.power_of_two_in(rows),
-        is_capped=case.get("is_capped", False),
+        is_capped=case.get("is_capped", False), table_bytes=tables.itemsize if tables else 0,
     )  # fmt: skip
     tile = attention_tiles.default_tile(of, sram_bytes)
     if tile is None:
@@ -66,15 +67,19 @@ def launch_attention(case: dict[str, Any], sram_bytes: int) -> tuple[TileConfig 
         "rows": empty(1, 1, rows, rows, dtype=torch.bool),
         "added": empty(1, 1, rows, rows, dtype=torch.float32),
     }
+    turned: dict[str, Any] = {}
+    if tables is not None:
+        turned = {name: empty(1, rows, head_dim, dtype=tables) for name in ("cos", "sin")}
+        turned |= {"rotary_dim": head_dim, "rotary_pair": head_dim // 2}
     operands = AttentionOperands(
         q, k, v, num_heads=2, scale=0.1, is_causal=of.is_causal, mask=masks[mask],
         q_factor=empty(2, head_dim, ranks[0], dtype=dtype),
-        k_factor=empty(2, head_dim, ranks[1], dtype=dtype),
+        k_factor=empty(2, head_dim, ranks[1], dtype=dtype) if tables is None else None,
         v_factor=empty(2, head_dim_v, ranks[2], dtype=dtype),
         q_bias=empty(2, head_dim, dtype=dtype), v_bias=empty(2, head_dim_v, dtype=dtype),
         softcap=50.0 if case.get("is_capped") else 0.0,
         k_bias=empty(2, head_dim, dtype=dtype),
-        sink=empty(2, dtype=dtype) if case.get("has_sink") else None,
+        sink=empty(2, dtype=dtype) if case.get("has_sink") else None, **turned,
     )  # fmt: skip
     attention.rank_space_attention(operands, tile=tile, sram_budget=sram_bytes)
     return tile, attention_tiles.sram_bytes_of(tile, of)

@@ -32,6 +32,14 @@ def attention(generation: str, sram_kib: int, ranks: Any, **others: Any) -> dict
     return case | {"generation": generation, "sram_kib": sram_kib} | others
 
 
+def rotated(generation: str, sram_kib: int, rank: int, head_dim: int, **others: Any):
+    """Lifted queries turned by tables, and dense keys."""
+    return attention(
+        generation, sram_kib, [rank, head_dim, min(rank, head_dim)], head_dims=[head_dim, head_dim],
+        **{"tables": "bfloat16"} | others,
+    )  # fmt: skip
+
+
 def feed_forward(generation: str, sram_kib: int, rank: int, gated: bool, dtype: str = "bfloat16"):
     ranks = [rank, rank if gated else None, rank]
     return {"kernel": "feed_forward", "generation": generation, "sram_kib": sram_kib,
@@ -48,6 +56,8 @@ SOME = [
     attention("sm_90", 227, 64),  # described
     attention("sm_90", 227, 128, mask="added", is_causal=True, is_capped=True, has_sink=True),
     attention("sm_80", 163, 64, mask="added", is_capped=True),
+    rotated("sm_90", 227, 64, 128, is_causal=True),
+    rotated("sm_86", 99, 40, 64, tables="float32", is_causal=True),
     attention("sm_86", 99, 32, dtype="float32"),
     feed_forward("sm_86", 64, 240, False),
     feed_forward("sm_120", 99, 101, True),
@@ -71,6 +81,11 @@ GRID = [
             attention(generation, kib, rank, mask=mask, is_capped=capped, has_sink=True)
             for rank, mask in ((40, "scanned"), (64, "rows"), (128, "added"))
             for capped in (False, True)
+        ),
+        *(
+            rotated(generation, kib, rank, head_dim, tables=tables, is_causal=True)
+            for rank, head_dim in ((40, 64), (64, 80), (64, 128), (1024, 128), (128, 256))
+            for tables in ("bfloat16", "float32")
         ),
         *(attention(generation, kib, rank, dtype="float32") for rank in (16, 40, 96)),
         *(

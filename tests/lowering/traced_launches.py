@@ -49,6 +49,18 @@ class Attention(nn.Module):
         return (result,)
 
 
+class RotatedAttention(nn.Module):
+    def forward(self, x: Tensor, k: Tensor, factor: Tensor, angles: Tensor) -> tuple[Tensor]:
+        q, v = (part.view(*x.shape[:2], 4, 64).transpose(1, 2) for part in x.chunk(2, -1))
+        tables = angles.cos(), angles.sin()
+        result = ops.rank_space_attention(
+            q, k, v, factor, None, None, factor, None, None, None, None, *tables,
+            num_heads=4, is_causal=True, scale=0.125, tile=list(astuple(TileConfig(64, 64, 4, 3))),
+            rotary_dim=64, rotary_pair=32,
+        )  # fmt: skip
+        return (result,)
+
+
 class FeedForward(nn.Module):
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor]:
         latent = x.flatten(0, 1)
@@ -113,6 +125,10 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
         "two_blocks": row_blocks(256),
         "attention": attention(40, TileConfig(64, 64, 4, 3)),
         "described_attention": attention(64, TileConfig(64, 64, 4, 3, is_described=True)),
+        "rotated_attention": (
+            RotatedAttention(),
+            [empty(6, 77, 8 * 64), empty(6, 2, 77, 64), empty(4, 64, 64), empty(6, 77, 64)],
+        ),
         "whole": (
             Whole(),
             [empty(6, 77, 48), empty(40, 48), empty(256, 40), empty(64, 256), empty(48, 64)],
