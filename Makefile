@@ -43,6 +43,7 @@ bench: $(ENV)
 	$(PY) -m bench.choices
 	$(PY) -m bench.compile_time
 	$(PY) -m bench.fidelity
+	$(PY) -m bench.finetune
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

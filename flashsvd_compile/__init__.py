@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flashsvd_compile.checkpoints.load import load_checkpoint as load_checkpoint
     from flashsvd_compile.checkpoints.save import save_pretrained as save_pretrained
     from flashsvd_compile.compress.compressing import compress_ as compress_
+    from flashsvd_compile.compress.finetuning import finetune as finetune
     from flashsvd_compile.compress.merge import merge_ as merge_
     from flashsvd_compile.compress.retruncating import retruncate_ as retruncate_
     from flashsvd_compile.explanation import Explanation as Explanation
@@ -38,6 +39,7 @@ _PUBLIC = {
     "compress_": "compress.compressing",
     "compress_checkpoint": "checkpoints.compressed",
     "explain": "explanation",
+    "finetune": "compress.finetuning",
     "from_pretrained": "checkpoints.load",
     "load_checkpoint": "checkpoints.load",
     "merge_": "compress.merge",
@@ -54,6 +56,7 @@ __all__ = [
     "compress_",
     "compress_checkpoint",
     "explain",
+    "finetune",
     "from_pretrained",
     "load_checkpoint",
     "merge_",
