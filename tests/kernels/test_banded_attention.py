@@ -6,11 +6,12 @@ Kernel, library and lifted form, against scores of every pair and a mask of ever
 import pytest
 import torch
 from flashsvd_compile.kernels import attention_band
-from flashsvd_compile.kernels.attention_blocks import BlockedAttention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lifted_attention
 
+from tests.kernels.spelled_attention import IMPLEMENTATIONS as ALL_IMPLEMENTATIONS
+from tests.kernels.spelled_attention import assert_right, assert_right_in_blocks
 from tests.kernels.test_attention import (
     DEVICE,
     SOFT,
@@ -21,9 +22,7 @@ from tests.kernels.test_attention import (
     padding,
     to_float64,
 )
-from tests.kernels.test_capped_attention import IMPLEMENTATIONS as ALL_IMPLEMENTATIONS
 from tests.kernels.test_capped_attention import eager as masked_eager
-from tests.rounding import assert_as_exact_as_eager
 
 QUERIES, KEYS = 45, 52
 
@@ -100,19 +99,7 @@ KERNELS = ["kernel", "described"]
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("given", CASES)
 def test_is_a_mask_of_every_pair(given, implementation):
-    latents, keywords = case(**CASES[given])
-    got = IMPLEMENTATIONS[implementation](AttentionOperands(*latents, **keywords))
-    exact = eager(*to_float64(latents, keywords))
-    assert got.shape == exact.shape
-    assert not got.isnan().any()
-    bias = keywords.get("v_bias")
-    assert_as_exact_as_eager(
-        got,
-        eager(latents, keywords),
-        exact,
-        bias=None if bias is None else bias[:, None],
-        longest=96,
-    )
+    assert_right(eager, IMPLEMENTATIONS[implementation], *case(**CASES[given]))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -137,18 +124,8 @@ def test_differentiable(plain, monkeypatch):
 
 
 def test_in_blocks():
-    latents, keywords = case(heads=4, latent_heads=(4, 2, 2), is_causal=True, behind=7, ahead=2)
-    of = AttentionOperands(*latents, **keywords)
-    expected = lifted_attention(of)
-    out = torch.full_like(expected, torch.nan)
-
-    def attend(part, out, place):
-        found = lifted_attention(part)
-        batch, head = place
-        out[batch : batch + found.shape[0], head : head + found.shape[1]] = found
-
-    BlockedAttention(of, {}).run(out, attend, 1, 2)
-    torch.testing.assert_close(out, expected)
+    groups = {"heads": 4, "latent_heads": (4, 2, 2)}
+    assert_right_in_blocks(*case(is_causal=True, behind=7, ahead=2, **groups))
 
 
 def test_ahead_needs_causality():

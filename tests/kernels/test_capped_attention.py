@@ -12,8 +12,9 @@ from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_recomputed import recomputed_attention
 from flashsvd_compile.kernels.attention_reference import lift, lifted_attention
 
+from tests.kernels import spelled_attention
+from tests.kernels.spelled_attention import IMPLEMENTATIONS
 from tests.kernels.test_attention import (
-    DESCRIBED,
     DEVICE,
     SOFT,
     TILE,
@@ -24,26 +25,8 @@ from tests.kernels.test_attention import (
     padding,
     to_float64,
 )
-from tests.rounding import assert_as_exact_as_eager
 
 CAP = 2.0
-
-
-def launched(tile, of):
-    """The kernel's result in memory that was NaN before."""
-    shape = of.shape
-    memory = of.q.new_full(
-        (shape.batch, shape.queries, shape.num_heads, shape.head_dim_v), torch.nan
-    )
-    return rank_space_attention(of, tile=tile, out=memory.transpose(1, 2))
-
-
-IMPLEMENTATIONS = {
-    "kernel": partial(launched, TILE),
-    "described": partial(launched, DESCRIBED),
-    "library": rank_space_attention_library,
-    "lifted": lifted_attention,
-}
 
 
 def eager(latents, keywords):
@@ -88,20 +71,7 @@ def case(*, softcap=CAP, sink=None, loud=3, **given):
     return (latents[0] * loud, *latents[1:]), keywords | {"softcap": softcap}
 
 
-def assert_right(implementation, latents, keywords):
-    exact = eager(*to_float64(latents, keywords))
-    got = implementation(AttentionOperands(*latents, **keywords))
-    assert got.shape == exact.shape
-    assert not got.isnan().any()
-    bias = keywords.get("v_bias")
-    assert_as_exact_as_eager(
-        got,
-        eager(latents, keywords),
-        exact,
-        bias=None if bias is None else bias[:, None],
-        longest=64,
-    )
-
+assert_right = partial(spelled_attention.assert_right, eager, longest=64)
 
 ALTERED = {"capped": {}, "sunk": {"softcap": 0.0, "sink": 0.0}, "both": {"sink": 0.0}}
 

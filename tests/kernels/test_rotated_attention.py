@@ -3,12 +3,16 @@ spellings."""
 
 import pytest
 import torch
-from flashsvd_compile.kernels.attention_blocks import BlockedAttention
 from flashsvd_compile.kernels.attention_library import rank_space_attention_library
 from flashsvd_compile.kernels.attention_operands import AttentionOperands
 from flashsvd_compile.kernels.attention_reference import lift, lifted_attention
 from flashsvd_compile.kernels.rotation import rotated
 
+from tests.kernels.spelled_attention import (
+    IMPLEMENTATIONS,
+    assert_right,
+    assert_right_in_blocks,
+)
 from tests.kernels.test_attention import (
     DEVICE,
     SOFT,
@@ -19,8 +23,6 @@ from tests.kernels.test_attention import (
     padding,
     to_float64,
 )
-from tests.kernels.test_capped_attention import IMPLEMENTATIONS
-from tests.rounding import assert_as_exact_as_eager
 
 
 def turned(x, cos, sin, rotary_dim, pair):
@@ -135,19 +137,7 @@ CASES = {
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("given", CASES)
 def test_is_what_models_spell(given, implementation):
-    latents, keywords = case(**CASES[given])
-    exact = eager(*to_float64(latents, keywords))
-    got = IMPLEMENTATIONS[implementation](AttentionOperands(*latents, **keywords))
-    assert got.shape == exact.shape
-    assert not got.isnan().any()
-    bias = keywords.get("v_bias")
-    assert_as_exact_as_eager(
-        got,
-        eager(latents, keywords),
-        exact,
-        bias=None if bias is None else bias[:, None],
-        longest=96,
-    )
+    assert_right(eager, IMPLEMENTATIONS[implementation], *case(**CASES[given]))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -190,18 +180,8 @@ def test_differentiable(plain, norm, rotary_dim, half):
 
 @pytest.mark.parametrize("of_batch", [False, True])
 def test_in_blocks(of_batch):
-    latents, keywords = case(of_batch=of_batch, heads=4, latent_heads=(4, 2, 2), factor_heads=4)
-    of = AttentionOperands(*latents, **keywords)
-    expected = lifted_attention(of)
-    out = torch.full_like(expected, torch.nan)
-
-    def attend(part, out, place):
-        found = lifted_attention(part)
-        batch, head = place
-        out[batch : batch + found.shape[0], head : head + found.shape[1]] = found
-
-    BlockedAttention(of, {}).run(out, attend, 1, 2)
-    torch.testing.assert_close(out, expected)
+    groups = {"heads": 4, "latent_heads": (4, 2, 2), "factor_heads": 4}
+    assert_right_in_blocks(*case(of_batch=of_batch, **groups))
 
 
 BROKEN = {
