@@ -130,7 +130,7 @@ def rank_space_attention(
         *_table_strides(of.cos, 3), *_table_strides(of.sin, 3), *_table_strides(mask, 4),
         *out.stride(),
         of.scale, shape.batch, shape.queries, shape.keys, *(place or (0, 0)),
-        _within_32_bits(of.ahead), _within_32_bits(of.behind or 0),
+        _within_32_bits(of.ahead), _within_32_bits(0 if of.behind is None else of.behind),
     )  # fmt: skip
     launch(
         rank_space_attention_kernel, grid, tile, operands,

@@ -37,8 +37,9 @@ def test_one_launch_writes_the_outputs_of_all_siblings(shapes):
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
 @pytest.mark.parametrize(
     "name",
-    ["attention", "described_attention", "rotated_attention", "feed_forward", "whole", "chain"],
-)
+    ["attention", "described_attention", "rotated_attention", "banded_attention", "feed_forward",
+     "whole", "chain"],
+)  # fmt: skip
 def test_a_launch_is_a_node_that_writes_its_output_only(name, shapes):
     found = traced(name, "cuda:0", shapes)
     assert found["launches"] == ["triton_kernel_wrapper_functional"]

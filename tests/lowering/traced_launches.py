@@ -61,6 +61,19 @@ class RotatedAttention(nn.Module):
         return (result,)
 
 
+class BandedAttention(nn.Module):
+    """Bounds that are made of sizes."""
+
+    def forward(self, x: Tensor, factor: Tensor) -> tuple[Tensor]:
+        batch, rows, _ = x.shape
+        latents = [part.view(batch, rows, 4, 64).transpose(1, 2) for part in x.chunk(3, -1)]
+        result = ops.rank_space_attention(
+            *latents, factor, None, factor, factor, num_heads=4, is_causal=True, scale=0.125,
+            ahead=rows - 70, behind=90 - rows, tile=list(astuple(TileConfig(64, 64, 4, 3))),
+        )  # fmt: skip
+        return (result,)
+
+
 class FeedForward(nn.Module):
     def forward(self, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor]:
         latent = x.flatten(0, 1)
@@ -129,6 +142,7 @@ def sizes(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
             RotatedAttention(),
             [empty(6, 77, 8 * 64), empty(6, 2, 77, 64), empty(4, 64, 64), empty(6, 77, 64)],
         ),
+        "banded_attention": (BandedAttention(), [empty(6, 77, 12 * 64), empty(4, 64, 64)]),
         "whole": (
             Whole(),
             [empty(6, 77, 48), empty(40, 48), empty(256, 40), empty(64, 256), empty(48, 64)],
