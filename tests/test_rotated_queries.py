@@ -453,6 +453,14 @@ def biased_behind_a_cut(self, x):
     return llama(torch.cat((first + self.table[:, :, :HALF], second), -1))
 
 
+def by_scalars(self, x):
+    return x * self.table.sum() + swapped_halves(x) * self.table.mean()
+
+
+def cooled(self, x):
+    return llama(x * self.table.sum())
+
+
 def conjugate(self, x):
     turn = torch.polar(torch.ones_like(angles(x)), angles(x))
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -478,6 +486,7 @@ FULL_WIDTH = (
     by_head, wrong_partner, no_pairs, one_sign, scaled_apart, passing_scaled, last_ones_turn,
     turned_twice, three_terms, squared, unlike_tables, in_disorder, written_table, active_dropout,
     biased_behind_a_cut, a_pair_twice, conjugate, last_positions, some_heads,
+    by_scalars, cooled,
 )  # fmt: skip
 
 

@@ -123,10 +123,9 @@ def _by_table(facts: Facts, node: fx.Node, known: Found, other: Any) -> Turned |
         return None
     if value(other).is_conj():  # has no real parts to be read
         return None
-    last = labels[-1:] != ((),)
-    table = Table(
-        other, (*labels[:-1], ()), (len(labels) - 1,) if labels and last else (), is_complex
-    )
+    last = bool(labels) and labels[-1] != ()
+    features = (len(labels) - 1,) if last else ()
+    table = Table(other, (*labels[:-1], ()) if labels else (), features, is_complex)
     count = len(turned.sums) // (2 if is_complex else 1)
     entries = range(count) if last else itertools.repeat(0, count)
     if not is_complex:

@@ -293,7 +293,7 @@ def test_models(family, attention):
     assert factoring.dense_bytes == sum(r.bytes_before for r in report.rows)
     sites = [s for s in told.sites if s.kind == "attention"]
     assert [s.lowering for s in sites] == ["rank_space"] * 2
-    latents = {"llama": {"v"}}.get(family, {"q", "k", "v"})
+    latents = {"llama": {"q", "v"}}.get(family, {"q", "k", "v"})
     assert {arm for arm, rank in sites[0].to_dict()["plan"]["ranks"].items()
             if rank != "dense"} == latents  # fmt: skip
     with no_pass_may_fail():
