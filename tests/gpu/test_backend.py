@@ -13,8 +13,8 @@ from torch._inductor.utils import run_and_get_code
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaConfig,
     LlamaModel,
+    PhiModel,
     ViTConfig,
     ViTModel,
 )
@@ -119,15 +119,20 @@ def test_vit_under_inductor(mode):
         check(model, compiled, {"pixel_values": pixels}, torch.bfloat16)
 
 
-def test_queries_and_keys_read_at_full_width_under_inductor():
-    """Rotated ones: the kernel scales their scores, by a number that Inductor makes a float64."""
+@pytest.mark.parametrize(
+    ("model_class", "norms"), [(LlamaModel, {}), (PhiModel, {"qk_layernorm": True})]
+)
+def test_rotated_queries_and_keys_under_inductor(model_class, norms):
+    """Llama's queries are latents that the kernel turns. Phi's have a LayerNorm for each head, and
+    are read at full width: the kernel scales their scores, by a number that Inductor makes a
+    float64."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    config = LlamaConfig(
+    config = model_class.config_class(
         vocab_size=100, hidden_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=424, use_cache=False,
+        num_key_value_heads=2, intermediate_size=424, use_cache=False, **norms,
     )  # fmt: skip
-    model = LlamaModel(config).eval().cuda()
+    model = model_class(config).eval().cuda()
     fsc.compress_(model, keep=0.4)
     model.to(torch.bfloat16)
     inputs = tokens(3, 77, padded=False)
