@@ -37,7 +37,17 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
     if not of.is_plain:
         whole = slice(0, shape.queries), slice(0, shape.keys)
         return _by_scores(of, queries, mask_of(of, whole))
-    width, has_mask = attended_width(of), of.mask is not None or of.is_banded
+    latent, seen = _attended(of, queries)
+    output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, num_heads)
+    if seen is not None:
+        output = torch.where(seen, output, 0.0)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attended(of: AttentionOperands, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The latent output [B, H, M, R_v], and which queries see a key, where a bias asks for it."""
+    num_heads, width = of.num_heads, attended_width(of)
+    has_mask = of.mask is not None or of.is_banded
     in_groups = not of.q.is_cuda or (not has_mask and of.q.element_size() == 2)
     # The least common multiple divides num_heads, as both do.
     kv_heads = math.lcm(of.k.shape[1], of.v.shape[1]) if in_groups else num_heads
@@ -62,11 +72,11 @@ def rank_space_attention_library(of: AttentionOperands) -> Tensor:
         )
         if of.v_bias is not None and mask is not None:
             seen.append(_sees_a_key(mask))
-    latent = (latents[0] if len(latents) == 1 else torch.cat(latents, 2))[..., : shape.rank_v]
-    output = _lift(latent, of.v_factor, None if shape.keys == 0 else of.v_bias, num_heads)
-    if seen:
-        output = torch.where(seen[0] if len(seen) == 1 else torch.cat(seen, 2), output, 0.0)
-    return output.transpose(1, 2).contiguous().transpose(1, 2)
+    return _joined(latents)[..., : of.shape.rank_v], _joined(seen) if seen else None
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
 def _by_scores(of: AttentionOperands, queries: Tensor, mask: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ def remainders_by(plan: Plan) -> dict[fx.Node, Lowered]:
 
 
 class _MaskScratch(NamedTuple):
-    """Bytes while attention runs on library operators, and behind its lift, when it is asked which
+    """Bytes while attention runs on library operators, and right behind, when it is asked which
     rows see no key."""
 
     attending: Size
@@ -173,7 +173,7 @@ def _library_scratch(
     if site.softcap or site.sink is not None:
         attending += _scores_scratch(site, batch * heads, rows, keys)
     lifting = element * (queries + latent + output * (outputs if in_blocks else outputs - 1))
-    asking = element * (queries + latent + (output if in_blocks else 0)) + of_mask.asking
+    asking = element * (queries + padding + latent - (0 if in_blocks else output)) + of_mask.asking
     turning = batch * heads * _turning_scratch(site) - (0 if in_blocks else element * output)
     return sympy.Max(attending, lifting, asking, turning)
 

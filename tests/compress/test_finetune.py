@@ -89,6 +89,31 @@ def test_a_loss_of_ones_own():
     assert len(seen) == 2
 
 
+def test_what_layers_make_is_compared():
+    teacher = encoder()
+    model = copy.deepcopy(teacher)
+    fsc.compress_(model, keep=0.5)
+    batch = finetuning.padded(examples(4))
+    seen, wanted = (m(**batch, output_hidden_states=True) for m in (model, teacher))
+    whole = distillation(seen, wanted, batch)
+    last = distillation(model(**batch), teacher(**batch), batch)
+    y, t = seen.hidden_states[1], wanted.hidden_states[1]
+    real = batch["attention_mask"].bool()
+    between = (y - t)[real].square().mean() / t[real].var()
+    torch.testing.assert_close(whole, last + between)
+
+
+@pytest.mark.parametrize("loss", [None, distillation])
+def test_a_model_is_asked_for_what_the_loss_reads(loss, monkeypatch):
+    teacher, asked = encoder(), []
+    model = copy.deepcopy(teacher)
+    model.register_forward_pre_hook(
+        lambda m, args, given: asked.append(given.get("output_hidden_states")), with_kwargs=True
+    )
+    fsc.finetune(model, teacher, examples(), args=FAST | {"max_steps": 1}, loss=loss)
+    assert asked == [True if loss is None else None]
+
+
 def test_padding_has_no_part_in_the_loss():
     class Out:
         def __init__(self, hidden):
