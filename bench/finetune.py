@@ -1,6 +1,6 @@
 """What training brings back of a real model that was compressed: mean |Δcos| before and after.
 
-    python -m bench.finetune [--keep 0.5] [--steps 700] [--lr 5e-5]
+    python -m bench.finetune [--keep 0.5] [--steps 800] [--lr 1e-4]
 
 all-MiniLM-L6-v2 as `bench.fidelity` compresses it, "planned", then `fsc.finetune` against the dense
 model, on sentences of Python's documentation and of the docstrings of its standard library. The 256
@@ -31,9 +31,9 @@ REPEATED = 3  # how often more sentences of the kind that is held out are read t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32, help="sentences of like lengths")
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=1e-4)
     args = parser.parse_args()
     print(environment("cpu"))
     tokenizer, dense = loaded()

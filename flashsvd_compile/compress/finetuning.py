@@ -21,7 +21,7 @@ from flashsvd_compile.compress.retruncating import retruncate_
 Distillation = Callable[[Any, Any, Any], Tensor]
 
 DEFAULTS = {
-    "learning_rate": 5e-5,  # of factors whose product is a good start: more tears it apart
+    "learning_rate": 1e-4,  # five times that tears factors apart whose product was a good start
     "adam_beta2": 0.99,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.06,  # of all
