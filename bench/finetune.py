@@ -40,8 +40,8 @@ def main() -> None:
     found = documentation_sentences(EVERYTHING)
     calibration = list(batches(tokenizer, found[HELD_OUT : HELD_OUT + CALIBRATE]))
     held_out = list(batches(tokenizer, found[:HELD_OUT]))
-    text = without(found[:HELD_OUT], [*found[HELD_OUT:], *docstring_sentences()])
-    text += found[HELD_OUT:] * REPEATED
+    alike = without(found[:HELD_OUT], found[HELD_OUT:])
+    text = without(found[:HELD_OUT], [*alike, *docstring_sentences()]) + alike * REPEATED
     print(f"{len(text)} sentences train, {HELD_OUT} are held out")
 
     model, expected = copy.deepcopy(dense), embedded(dense, held_out)
